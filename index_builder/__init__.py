@@ -1,0 +1,1 @@
+"""The pure library: dataset contracts, training, sharding, joining and evaluating, without Beam or TensorFlow."""

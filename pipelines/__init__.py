@@ -1,0 +1,1 @@
+"""The stages, the nightly run, the configuration and the command line."""

@@ -1,0 +1,108 @@
+"""What all stages share: skip when nothing changed, run, commit, and say what happened."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from index_builder import manifests, storage
+from index_builder.fingerprints import short
+from index_builder.manifests import Manifest
+from pipelines.progress import watch_stage
+from pipelines.runners import Define, RunnerSpec, run_pipeline
+
+UNCHANGED = "unchanged"
+RESUMED = "resumed"
+MADE = "made"
+
+# Kind of a dataset to the folder of the workspace in which its versions live.
+FOLDERS = {
+    "embeddings": "embeddings",
+    "failures": "failures",
+    "index": "index",
+    "neighbors": "neighbors",
+    "evaluation": "evaluations",
+    "recommendations": "exports",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """How this process runs pipelines and talks to people (on standard error)."""
+
+    runner: RunnerSpec
+    console: Console
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A complete dataset and how it came about: `state` is made, resumed or unchanged."""
+
+    folder: str
+    manifest: Manifest
+    state: str
+    seconds: float
+    counters: dict[str, int]
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the stage's entry of `run.json`."""
+        return {
+            "state": self.state,
+            "seconds": round(self.seconds, 3),
+            "path": self.folder,
+            "rows": self.manifest.rows,
+            "bytes": self.manifest.bytes,
+            "fingerprint": self.manifest.fingerprint,
+            "content": self.manifest.content,
+            "counters": self.counters,
+        }
+
+
+def dataset_folder(workspace: str, kind: str, fingerprint: str) -> str:
+    """Returns the folder of the dataset of a kind with a fingerprint."""
+    return storage.join(workspace, FOLDERS[kind], short(fingerprint))
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTask:
+    """One stage's work on one dataset.
+
+    `prepare` runs before the pipeline (checks, reused parts), `define` builds its graph, `finish`
+    reads the markers and returns the manifest. `parts` and `unit` are for the progress display.
+    """
+
+    name: str
+    kind: str
+    folder: str
+    fingerprint: str
+    parts: int
+    unit: str
+    define: Define
+    finish: Callable[[], Manifest]
+    prepare: Callable[[], None] = lambda: None
+
+
+def run_stage(task: StageTask, session: Session) -> Dataset:
+    """Makes a dataset, or finds that it is there already.
+
+    Raises KithError; what was finished until then is kept, and the next run goes on from there.
+    """
+    start = time.monotonic()
+    manifest = manifests.load_if_usable(task.folder, task.kind, task.fingerprint)
+    if manifest is not None:
+        session.console.print(f"{task.name}: unchanged, nothing to do")
+        return Dataset(task.folder, manifest, UNCHANGED, time.monotonic() - start, {})
+    resumed = manifests.count_finished(task.folder) > 0
+    if resumed:
+        session.console.print(f"{task.name}: going on where an earlier run stopped")
+    task.prepare()
+    with watch_stage(task.name, task.folder, task.parts, task.unit, session.console):
+        counters = run_pipeline(task.define, session.runner)
+    manifest = task.finish()
+    manifests.commit(task.folder, manifest)
+    state = RESUMED if resumed else MADE
+    seconds = time.monotonic() - start
+    session.console.print(f"{task.name}: {manifest.rows:,} {task.unit} in {seconds:.1f} s")
+    return Dataset(task.folder, manifest, state, seconds, counters)

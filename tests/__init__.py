@@ -1,0 +1,1 @@
+"""Tests of Kith: unit, pipeline and worker."""

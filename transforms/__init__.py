@@ -1,0 +1,1 @@
+"""Beam wiring, and the functions that work on one image or one block."""

@@ -1,0 +1,1 @@
+"""The networks that turn images into vectors, by name."""

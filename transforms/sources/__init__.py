@@ -1,0 +1,1 @@
+"""Where images come from: one module a container format, one interface for all."""
