@@ -57,14 +57,7 @@ def build_index(
         )
     spec = config.index_spec().resolve(source.rows, embeddings.load_dim(source))
     check_training_memory(spec, int(config.index.memory_limit_gib * 2**30))
-    identity = fingerprint(
-        {
-            "kind": shards.KIND,
-            "revision": REVISION,
-            "embeddings": source.content,
-            "spec": config.index_spec().fingerprint_value(),
-        }
-    )
+    identity = index_identity(config, source)
     folder = dataset_folder(config.workspace, shards.KIND, identity)
     graph = BuildSpec(embeddings_folder, source.parts, spec, folder, identity)
 
@@ -75,11 +68,23 @@ def build_index(
         StageTask(
             "build", shards.KIND, folder, identity, spec.shards, "vectors",
             lambda root: define_pipeline(root, graph),
-            lambda: _manifest(folder, identity, spec, source, config),
+            lambda: _manifest(folder, identity, spec, source),
             prepare,
         ),
         session,
     )  # fmt: skip
+
+
+def index_identity(config: Config, source: Manifest) -> str:
+    """Returns the fingerprint of the index that a configuration makes of an embeddings dataset."""
+    return fingerprint(
+        {
+            "kind": shards.KIND,
+            "revision": REVISION,
+            "embeddings": source.content,
+            "spec": config.index_spec().fingerprint_value(),
+        }
+    )
 
 
 def check_ids(
@@ -112,9 +117,7 @@ def check_ids(
         )
 
 
-def _manifest(
-    folder: str, identity: str, spec: ResolvedSpec, source: Manifest, config: Config
-) -> Manifest:
+def _manifest(folder: str, identity: str, spec: ResolvedSpec, source: Manifest) -> Manifest:
     shared = manifests.collect_parts(folder, [shards.SHARED_PART], [identity])[0]
     layout = load_layout(storage.join(folder, shards.LAYOUT_NAME))
     numbers = range(layout.shards)
@@ -129,7 +132,6 @@ def _manifest(
         "metric": spec.request.metric.value,
         "encoder_dim": spec.encoder_dim,
         "encoder": source.properties.get("encoder", {}),
-        "encoder_weights": config.encoder.weights,
         "training_rows": spec.sample,
         "seed": spec.request.seed,
         "embeddings": source.content,

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from index_builder import storage
-from index_builder.embeddings import IDENTITY_FIELDS, ORIGIN_FIELDS, RESERVED_COLUMNS
+from index_builder.embeddings import RESERVED_COLUMNS
 from index_builder.errors import ConfigError
 from index_builder.join import JoinSpec
 from index_builder.rules import JoinRules
@@ -31,10 +31,7 @@ from transforms.sources.registry import AnySource
 EIGEN_POWER = {"none": 0.0, "half": -0.25, "full": -0.5}
 
 # Columns of the index that a join or an export may name beside the configured metadata.
-INDEX_COLUMNS = frozenset(
-    field.name for field in (*IDENTITY_FIELDS, *ORIGIN_FIELDS) if field.name in
-    ("image_id", "item_id", "source_shard", "row")
-)  # fmt: skip
+INDEX_COLUMNS = frozenset({"image_id", "item_id", "source_shard", "row"})
 
 
 def _auto(value: Any) -> Any:
@@ -54,7 +51,9 @@ class Images(Section):
     """The catalogue: where its images are and what is known of them."""
 
     sources: tuple[AnySource, ...] = Field(
-        min_length=1, description="One or more sources; each names its `format`."
+        (),
+        description="One or more sources; each names its `format`. Only stages that run on datasets "
+        "made elsewhere go without.",
     )
     metadata: dict[str, Literal["string", "int64", "float64", "bool"]] = Field(
         default_factory=dict,
@@ -208,7 +207,7 @@ class Config(Section):
         description="A Beam runner. `DirectRunner` is Beam's own in-process runner, pinned.",
     )
     workspace: Location = Field(description="Folder of all datasets and runs, local or `gs://`.")
-    images: Images
+    images: Images = Images()
     encoder: Encoder = Encoder()
     embeddings: Embeddings = Embeddings()
     index: Index = Index()
@@ -443,13 +442,8 @@ def check_config(config: Config) -> None:
                 f"images.sources: {labels.count(label)} sources are named {label!r}, wanted "
                 "different names. Set `name` of each source."
             )
-    columns = set(config.images.metadata) | INDEX_COLUMNS
-    _check_columns("join.rules.same", config.join.rules.same, columns)
-    _check_columns("join.rules.different", config.join.rules.different, columns)
-    _check_columns("export.columns", config.export.columns, columns)
-    for key in ("truth", "group_by"):
-        name = getattr(config.evaluate, key)
-        _check_columns(f"evaluate.{key}", [name] if name else [], columns)
+    if config.images.sources:
+        _check_columns(config)
     both = set(config.join.rules.same) & set(config.join.rules.different)
     if both:
         raise ConfigError(
@@ -464,10 +458,21 @@ def check_config(config: Config) -> None:
         )
 
 
-def _check_columns(key: str, names: Iterable[str], known: set[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"{key}: got {name!r}, wanted one of the columns {', '.join(sorted(known))}. "
-                "Add it to images.metadata or correct the name."
-            )
+def _check_columns(config: Config) -> None:
+    """Refuses columns that the catalogue will not have; datasets made elsewhere have their own."""
+    known = sorted(set(config.images.metadata) | INDEX_COLUMNS)
+    evaluate = config.evaluate
+    named: dict[str, Iterable[str | None]] = {
+        "join.rules.same": config.join.rules.same,
+        "join.rules.different": config.join.rules.different,
+        "export.columns": config.export.columns,
+        "evaluate.truth": [evaluate.truth],
+        "evaluate.group_by": [evaluate.group_by],
+    }
+    for key, names in named.items():
+        for name in names:
+            if name is not None and name not in known:
+                raise ConfigError(
+                    f"{key}: got {name!r}, wanted one of the columns {', '.join(known)}. "
+                    "Add it to images.metadata or correct the name."
+                )

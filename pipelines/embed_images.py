@@ -73,45 +73,55 @@ class Embedded:
     books: Books
 
 
+@dataclasses.dataclass(frozen=True)
+class EmbedPlan:
+    """The embed stage of a configuration and catalogue: its graph and its identity."""
+
+    graph: EmbedConfig
+    encoder: dict[str, object]
+    identity: str
+
+
+def plan_embedding(config: Config) -> EmbedPlan:
+    """Lists the catalogue's shards and derives what the stage would make, without making it."""
+    spec = config.embed_spec()
+    encoder = spec.encoder_fingerprint()
+    tasks = tuple(
+        EmbedTask(shard, f"part-{number:05d}", spec.part_key(shard, encoder))
+        for number, shard in enumerate(list_shards(config))
+    )
+    identity = fingerprint({"kind": embeddings.KIND, "parts": [task.key for task in tasks]})
+    folder = dataset_folder(config.workspace, embeddings.KIND, identity)
+    failures_folder = dataset_folder(config.workspace, failures.KIND, identity)
+    return EmbedPlan(EmbedConfig(spec, tasks, folder, failures_folder), encoder, identity)
+
+
 def embed_images(config: Config, session: Session) -> Embedded:
     """Runs the embed stage for a configuration.
 
     Raises KithError for an empty catalogue, one in which every image fails, and books that do not
     balance.
     """
-    spec = config.embed_spec()
-    shards = list_shards(config)
-    encoder = spec.encoder_fingerprint()
-    keys = [spec.part_key(shard, encoder) for shard in shards]
-    tasks = tuple(
-        EmbedTask(shard, f"part-{number:05d}", key)
-        for number, (shard, key) in enumerate(zip(shards, keys, strict=True))
-    )
-    identity = fingerprint({"kind": embeddings.KIND, "parts": keys})
-    folder = dataset_folder(config.workspace, embeddings.KIND, identity)
-    failures_folder = dataset_folder(config.workspace, failures.KIND, identity)
+    plan = plan_embedding(config)
+    graph, identity = plan.graph, plan.identity
+    folder, failures_folder = graph.embeddings_folder, graph.failures_folder
     reused: set[str] = set()
 
     def prepare() -> None:
         if config.embeddings.reuse:
-            reused.update(_reuse_parts(config.workspace, tasks, folder, failures_folder))
-
-    def manifest(kind: str, folder: str) -> Manifest:
-        return _manifest(kind, folder, identity, tasks, encoder)
+            reused.update(_reuse_parts(config.workspace, graph))
 
     def finish() -> Manifest:
         if manifests.load_if_usable(failures_folder, failures.KIND, identity) is None:
-            manifests.commit(failures_folder, manifest(failures.KIND, failures_folder))
-        return manifest(embeddings.KIND, folder)
+            manifests.commit(failures_folder, _manifest(plan, failures.KIND, failures_folder))
+        return _manifest(plan, embeddings.KIND, folder)
 
     if manifests.load_if_usable(failures_folder, failures.KIND, identity) is None:
         # Both datasets come from one pass, so neither is complete without the other.
         storage.remove(manifests.manifest_path(folder))
-
-    graph = EmbedConfig(spec, tasks, folder, failures_folder)
     made = run_stage(
         StageTask(
-            "embed", embeddings.KIND, folder, identity, len(tasks), "images",
+            "embed", embeddings.KIND, folder, identity, len(graph.tasks), "images",
             lambda root: define_pipeline(root, graph), finish, prepare,
         ),
         session,
@@ -133,10 +143,9 @@ def list_shards(config: Config) -> list[ImageShard]:
     ]
 
 
-def _reuse_parts(
-    workspace: str, tasks: tuple[EmbedTask, ...], folder: str, failures_folder: str
-) -> list[str]:
+def _reuse_parts(workspace: str, graph: EmbedConfig) -> list[str]:
     """Marks parts of the published snapshot with an equal key as finished; returns their names."""
+    folder, failures_folder = graph.embeddings_folder, graph.failures_folder
     old_embeddings = published_folder(workspace, embeddings.KIND)
     old_failures = published_folder(workspace, failures.KIND)
     if old_embeddings is None or old_failures is None:
@@ -144,7 +153,7 @@ def _reuse_parts(
     by_key = {p.key: p for p in manifests.load(old_embeddings, embeddings.KIND).parts}
     failed_by_key = {p.key: p for p in manifests.load(old_failures, failures.KIND).parts}
     names = []
-    for task in tasks:
+    for task in graph.tasks:
         part, failed = by_key.get(task.key), failed_by_key.get(task.key)
         if part is None or failed is None or old_embeddings == folder:
             continue
@@ -161,13 +170,8 @@ def _reuse_parts(
     return names
 
 
-def _manifest(
-    kind: str,
-    folder: str,
-    identity: str,
-    tasks: tuple[EmbedTask, ...],
-    encoder: dict[str, object],
-) -> Manifest:
+def _manifest(plan: EmbedPlan, kind: str, folder: str) -> Manifest:
+    tasks, encoder = plan.graph.tasks, plan.encoder
     parts = manifests.collect_parts(
         folder, [task.part for task in tasks], [task.key for task in tasks]
     )
@@ -178,7 +182,7 @@ def _manifest(
         schema = _schema_of(folder, parts[0])
     return Manifest(
         kind,
-        identity,
+        plan.identity,
         {
             "code": {"embed": REVISION},
             "config": fingerprint(encoder),

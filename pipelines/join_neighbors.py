@@ -47,14 +47,7 @@ def join_neighbors(config: Config, session: Session, index_folder: str) -> Datas
     index = open_index(index_folder)
     spec = config.join_spec()
     check_columns(index, spec)
-    identity = fingerprint(
-        {
-            "kind": neighbors.KIND,
-            "revision": REVISION,
-            "index": index.manifest.content,
-            "spec": _decisive(spec),
-        }
-    )
+    identity = neighbors_identity(config, index)
     folder = dataset_folder(config.workspace, neighbors.KIND, identity)
     graph = JoinConfig(index_folder, tuple(shard_order(index.layout)), spec, folder, identity)
     return run_stage(
@@ -65,6 +58,18 @@ def join_neighbors(config: Config, session: Session, index_folder: str) -> Datas
         ),
         session,
     )  # fmt: skip
+
+
+def neighbors_identity(config: Config, index: IndexDataset) -> str:
+    """Returns the fingerprint of the neighbours that a configuration makes of an index."""
+    return fingerprint(
+        {
+            "kind": neighbors.KIND,
+            "revision": REVISION,
+            "index": index.manifest.content,
+            "spec": _decisive(config.join_spec()),
+        }
+    )
 
 
 def _decisive(spec: JoinSpec) -> dict[str, object]:

@@ -16,7 +16,10 @@ import pyarrow.compute as pc
 from index_builder import embeddings, storage
 from index_builder.manifests import Part
 
-_COLUMNS = ["image_id", "source_shard", "row"]
+# The same for every dataset, whatever it allows to be null.
+_SCHEMA = pa.schema(
+    [("image_id", pa.string()), ("source_shard", pa.string()), ("row", pa.int64())]
+)
 # Duplicates listed for people by one bucket; all are counted.
 MOST_LISTED = 20
 
@@ -52,7 +55,8 @@ class FindDuplicateIds(beam.PTransform):
 
 def split_ids(element: IdPart, buckets: int) -> Iterator[tuple[int, bytes]]:
     """Yields (bucket, Arrow IPC block of ids and locations) of one part."""
-    for table in embeddings.read_part(element.folder, element.part, _COLUMNS):
+    for block in embeddings.read_part(element.folder, element.part, _SCHEMA.names):
+        table = block.select(_SCHEMA.names).cast(_SCHEMA)
         table = table.filter(table["image_id"].is_valid())
         ids = table["image_id"].to_pylist()
         bucket_of = np.array([zlib.crc32(i.encode()) % buckets for i in ids], dtype=np.int64)

@@ -299,7 +299,7 @@ def test_no_failures_and_failures_without_rows() -> None:
     text = Page(render_page(full_run(), full_evaluation(), [], {})).text
     assert "4 images could not be embedded; 0 of them are shown" in text
     assert "truncated 3 0 shown empty 1 0 shown" in text
-    images = {**full_run()["images"], "failed_by_reason": {}}
+    images = full_run()["images"] | {"failed_by_reason": {}}
     text = Page(render_page(full_run(images=images), full_evaluation(), [], {})).text
     assert "4 images could not be embedded; the failures dataset has the reasons." in text
 

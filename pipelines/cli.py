@@ -1,0 +1,448 @@
+"""The command line. Heavy modules are imported by the command that needs them."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from index_builder.errors import KithError
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+    from pipelines.stage import Session
+
+app = typer.Typer(
+    name="kith",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Bulk similar-item recommendations from a catalogue of images. "
+    "Beam options go after --, as in: kith nightly --config FILE -- --runner=FlinkRunner",
+    epilog="Exit status: 0 done, 1 the run failed or a gate refused it, 2 the command or the "
+    "configuration is wrong.",
+)
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", metavar="FILE", help="The YAML configuration.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a dotted key; may be repeated."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output.")
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", help="Show the logs of Beam and tracebacks.")
+]
+EmbeddingsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--embeddings", metavar="DIR", help="An embeddings dataset, instead of the configuration's."
+    ),
+]
+IndexOption = Annotated[
+    str | None,
+    typer.Option("--index", metavar="DIR", help="An index, instead of the configuration's."),
+]
+NeighborsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--neighbors", metavar="DIR", help="A neighbours dataset, instead of the configuration's."
+    ),
+]
+
+# Beam's options: what stood after `--` on the command line.
+_beam_options: tuple[str, ...] = ()
+
+Command = Callable[["Config", "Session"], dict[str, Any]]
+Show = Callable[[dict[str, Any], Console], None]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits with its status."""
+    global _beam_options
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--" in arguments:
+        place = arguments.index("--")
+        arguments, _beam_options = arguments[:place], tuple(arguments[place + 1 :])
+    # Some libraries look for their own flags on the command line.
+    sys.argv = sys.argv[:1]
+    app(args=arguments, prog_name="kith")
+
+
+def _run(
+    name: str,
+    config_path: str,
+    overrides: list[str] | None,
+    as_json: bool,
+    verbose: bool,
+    command: Command,
+    show: Show,
+) -> None:
+    """Runs one command: loads the configuration, reports the result, turns errors into a status."""
+    console = Console(stderr=True)
+    _quiet_libraries(verbose)
+    try:
+        # Whatever a library prints must not get into the JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            config, session = _open_session(config_path, overrides, console)
+            result = command(config, session)
+    except (KithError, OSError, KeyboardInterrupt) as error:
+        if verbose:
+            traceback.print_exc()
+        status = getattr(error, "exit_status", 1)
+        message = _message(error)
+        if isinstance(error, KeyboardInterrupt):
+            status, message = 130, "Interrupted. Run the same command again to go on."
+        if as_json:
+            print(json.dumps(_failed(name, error, message, status)))
+        console.print(f"kith {name}: {message}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(status) from error
+    if as_json:
+        print(json.dumps({"command": name, "status": "done", **result}, ensure_ascii=False))
+    else:
+        show(result, Console(soft_wrap=True))
+
+
+def _failed(name: str, error: BaseException, message: str, status: int) -> dict[str, Any]:
+    return {
+        "command": name,
+        "status": "failed",
+        "exit_status": status,
+        "error": {"kind": type(error).__name__, "message": message},
+    }
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KithError):
+        return str(error)
+    return f"{error}. Check the path and its permissions; --verbose shows where this happened."
+
+
+def _open_session(
+    config_path: str, overrides: list[str] | None, console: Console
+) -> tuple["Config", "Session"]:
+    # Beam warns on import about packages that Kith does not use.
+    with _silence(logging.ERROR):
+        from pipelines.config import load_config
+        from pipelines.runners import RunnerSpec
+        from pipelines.stage import Session
+    config = load_config(config_path, overrides or ())
+    return config, Session(RunnerSpec(config.runner, _beam_options), console)
+
+
+@contextlib.contextmanager
+def _silence(level: int) -> Any:
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _quiet_libraries(verbose: bool) -> None:
+    """Leaves standard error to Kith's own messages, unless --verbose asks for everything."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        # A failing step is logged with its traceback; Kith reports the failure itself.
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+
+
+def _show_paths(result: dict[str, Any], console: Console) -> None:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {number}" for name, number in value.items())
+        table.add_row(key, str(value))
+    console.print(table)
+
+
+@app.command()
+def nightly(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run every stage, check the gates, publish."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.nightly import run_nightly
+
+        result = run_nightly(config, session)
+        return {
+            "run": result.run,
+            "run_path": result.run_path,
+            "report_path": result.report_path,
+            "pointer_path": result.pointer_path,
+        }
+
+    def show(result: dict[str, Any], console: Console) -> None:
+        from pipelines.summary import summary_table
+
+        console.print(summary_table(result["run"]))
+        if result["report_path"]:
+            console.print(f"Open this page: {result['report_path']}", markup=False)
+
+    _run("nightly", config, overrides, as_json, verbose, command, show)
+
+
+@app.command()
+def embed(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Embed the catalogue's images: writes the embeddings and failures datasets."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        import dataclasses
+
+        from pipelines.embed_images import embed_images
+        from pipelines.preflight import check_environment, check_inputs
+        from pipelines.runners import workspace_lock
+
+        check_environment()
+        check_inputs(config)
+        with workspace_lock(config.workspace):
+            result = embed_images(config, session)
+        return {
+            "images": dataclasses.asdict(result.books),
+            "embeddings": result.embeddings.folder,
+            "failures": result.failures.folder,
+            **_stage_figures(result.embeddings),
+        }
+
+    _run("embed", config, overrides, as_json, verbose, command, _show_paths)
+
+
+def _stage_figures(dataset: Any) -> dict[str, Any]:
+    described = dataset.describe()
+    return {name: described[name] for name in ("state", "rows", "bytes", "seconds", "counters")}
+
+
+@app.command()
+def build(
+    config: ConfigOption,
+    embeddings: EmbeddingsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train and shard the FAISS index of an embeddings dataset."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.build_index import build_index
+        from pipelines.locate import find_embeddings
+        from pipelines.preflight import check_workspace
+        from pipelines.runners import workspace_lock
+
+        folder, failures = (embeddings, None) if embeddings else find_embeddings(config)
+        check_workspace(config.workspace)
+        with workspace_lock(config.workspace):
+            index = build_index(config, session, folder, failures)
+        names = ("shards", "nlist", "nprobe", "dim", "empty_lists", "imbalance")
+        properties = index.manifest.properties
+        figures = {name: properties[name] for name in names}
+        return {"index": index.folder, "figures": figures, **_stage_figures(index)}
+
+    _run("build", config, overrides, as_json, verbose, command, _show_paths)
+
+
+@app.command()
+def join(
+    config: ConfigOption,
+    index: IndexOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Find the k best neighbours of every item of an index."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.join_neighbors import join_neighbors
+        from pipelines.locate import find_index
+        from pipelines.preflight import check_workspace
+        from pipelines.runners import workspace_lock
+
+        folder = index or find_index(config)
+        check_workspace(config.workspace)
+        with workspace_lock(config.workspace):
+            found = join_neighbors(config, session, folder)
+        names = ("pairs", "filled", "exhausted", "capped", "fan_out")
+        figures = {name: found.manifest.properties[name] for name in names}
+        return {"neighbors": found.folder, "figures": figures, **_stage_figures(found)}
+
+    _run("join", config, overrides, as_json, verbose, command, _show_paths)
+
+
+@app.command()
+def export(
+    config: ConfigOption,
+    neighbors: NeighborsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write neighbours as Parquet and JSONL for a warehouse or key-value store."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.export_neighbors import export_neighbors
+        from pipelines.locate import find_neighbors
+        from pipelines.preflight import check_workspace
+        from pipelines.runners import workspace_lock
+
+        folder = neighbors or find_neighbors(config, None)
+        check_workspace(config.workspace)
+        with workspace_lock(config.workspace):
+            written = export_neighbors(config, session, folder)
+        pairs = written.manifest.properties["pairs"]
+        return {"export": written.folder, "pairs": pairs, **_stage_figures(written)}
+
+    _run("export", config, overrides, as_json, verbose, command, _show_paths)
+
+
+@app.command()
+def evaluate(
+    config: ConfigOption,
+    index: IndexOption = None,
+    neighbors: NeighborsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure recall against exact neighbours, and hits on known right answers."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.evaluate_neighbors import (
+            check_recall,
+            evaluate_neighbors,
+            read_evaluation,
+        )
+        from pipelines.locate import find_index, find_neighbors
+        from pipelines.preflight import check_workspace
+        from pipelines.runners import workspace_lock
+
+        index_folder = index or find_index(config)
+        folder = neighbors or find_neighbors(config, index_folder)
+        check_workspace(config.workspace)
+        with workspace_lock(config.workspace):
+            measured = evaluate_neighbors(config, session, index_folder, folder)
+        figures = read_evaluation(measured)
+        check_recall(figures, config.evaluate.min_recall)
+        return {
+            "evaluation": measured.folder,
+            "recall": figures["recall"],
+            "truth": figures["truth"],
+            **_stage_figures(measured),
+        }
+
+    _run("evaluate", config, overrides, as_json, verbose, command, _show_paths)
+
+
+@app.command()
+def search(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Images to look for.")],
+    config: ConfigOption,
+    index: IndexOption = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of each image.")] = 10,
+    nprobe: Annotated[
+        int | None, typer.Option("--nprobe", min=1, help="Lists to search; default: the index's.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Metadata to show; default: export.columns. Repeatable."),
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Embed new images and print their nearest items of the published index."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from index_builder import shards
+        from pipelines.publish import require_published
+        from pipelines.search_images import search_images
+
+        folder = index or require_published(config.workspace, shards.KIND)
+        shown = tuple(columns) if columns else config.export.columns
+        results = search_images(config, folder, images, k, nprobe, shown)
+        return {"index": folder, "results": [result.to_json() for result in results]}
+
+    def show(result: dict[str, Any], console: Console) -> None:
+        for found in result["results"]:
+            if found["failure"]:
+                failure = found["failure"]
+                text = f"{found['image']}: {failure['reason']}: {failure['error']}"
+                console.print(text, style="red", markup=False)
+                continue
+            names = list(found["neighbors"][0]) if found["neighbors"] else ["rank"]
+            table = Table(*names, title=found["image"])
+            for row in found["neighbors"]:
+                cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
+                table.add_row(*cells)
+            console.print(table)
+
+    _run("search", config, overrides, as_json, verbose, command, show)
+
+
+@app.command()
+def report(
+    config: ConfigOption,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN_ID", help="Default: the published run.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help="Default: in the run's folder.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write the HTML page of a run again."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.report.build import rewrite_report
+
+        return {"report_path": rewrite_report(config, run, output)}
+
+    _run("report", config, overrides, as_json, verbose, command, _show_paths)
+
+
+@app.command()
+def check(
+    config: ConfigOption,
+    data: Annotated[
+        bool, typer.Option("--data", help="Also verify the checksums of all published files.")
+    ] = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check the environment, the configuration and its paths, without any work."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.check import check_everything
+
+        return check_everything(config, data)
+
+    _run("check", config, overrides, as_json, verbose, command, _show_paths)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Gathering what the report page shows: figures, failures, and the pictures of its examples."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from index_builder import manifests, storage
+from index_builder.errors import KithError
+from index_builder.join import lookup_rows
+from index_builder.shards import open_index
+from pipelines.config import Config
+from pipelines.publish import read_pointer
+from pipelines.report.page import render_page, thumbnail
+from pipelines.stage import dataset_folder
+from transforms import failures
+from transforms.sources.base import ImageSource
+
+_MOST_FAILURES = 200
+
+
+def write_report(
+    path: str,
+    run: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    failures_folder: str,
+    index_folder: str,
+    sources: Sequence[ImageSource],
+    max_pixels: int,
+) -> None:
+    """Writes the page of a run; the pictures of its examples are read from the sources again."""
+    failed = read_failures(failures_folder, _MOST_FAILURES)
+    places = _places(evaluation, index_folder)
+    places |= {
+        row["image_id"]: (row["source_shard"], row["row"])
+        for row in failed
+        if row["image_id"] is not None and row["row"] is not None
+    }
+    page = render_page(run, evaluation, failed, _thumbnails(places, sources, max_pixels))
+    storage.write_bytes(path, page.encode())
+
+
+def read_failures(folder: str, most: int) -> list[dict[str, Any]]:
+    """Returns the first rows of a failures dataset."""
+    rows: list[dict[str, Any]] = []
+    for part in manifests.load(folder, failures.KIND).parts:
+        if len(rows) >= most:
+            break
+        if part.rows:
+            path = storage.join(folder, part.file(".parquet").path)
+            with storage.open_binary(path) as file:
+                rows += pq.read_table(file).slice(0, most - len(rows)).to_pylist()
+    return rows
+
+
+def _places(evaluation: Mapping[str, Any], index_folder: str) -> dict[str, tuple[str, int]]:
+    """Returns where the examples' images are: image id to source shard and row."""
+    rows: set[int] = set()
+    for example in evaluation["examples"]:
+        rows.add(example["query"]["row"])
+        rows.update(neighbor["row"] for neighbor in example["neighbors"])
+    wanted = np.array(sorted(rows), dtype=np.int64)
+    found = lookup_rows(open_index(index_folder), wanted, ("image_id", "source_shard", "row"))
+    return {row["image_id"]: (row["source_shard"], row["row"]) for row in found.to_pylist()}
+
+
+def _thumbnails(
+    places: Mapping[str, tuple[str, int]], sources: Sequence[ImageSource], max_pixels: int
+) -> dict[str, str]:
+    """Returns the small pictures that can be had, by image id."""
+    by_shard: dict[str, dict[int, str]] = {}
+    for image_id, (shard, row) in places.items():
+        by_shard.setdefault(shard, {})[row] = image_id
+    by_label = {source.label: source for source in sources}
+    pictures = {}
+    for shard, rows in by_shard.items():
+        source = by_label.get(shard.partition("/")[0])
+        if source is None:
+            continue
+        for row, data in source.fetch(shard, sorted(rows)).items():
+            picture = thumbnail(data, max_pixels)
+            if picture is not None:
+                pictures[rows[row]] = picture
+    return pictures
+
+
+def rewrite_report(config: Config, run_id: str | None, output: str | None) -> str:
+    """Writes the page of a finished run again, by default the published one; returns its path.
+
+    Raises KithError where there is no such run.
+    """
+    if run_id is None:
+        pointer = read_pointer(config.workspace)
+        if pointer is None:
+            raise KithError(
+                f"Nothing is published in {config.workspace}. Run kith nightly first, or name a run "
+                "with --run."
+            )
+        run_id = str(pointer["run"])
+    folder = storage.join(config.workspace, "runs", run_id)
+    try:
+        run = storage.read_json(storage.join(folder, "run.json"))
+    except FileNotFoundError as error:
+        raise KithError(
+            f"{folder} holds no run.json, so there is no finished run {run_id!r}. Look into "
+            f"{storage.join(config.workspace, 'runs')} for the runs there are."
+        ) from error
+    places = {
+        kind: dataset_folder(config.workspace, kind, identity)
+        for kind, identity in run["fingerprints"].items()
+    }
+    evaluation = storage.read_json(storage.join(places["evaluation"], "evaluation.json"))
+    path = output or storage.join(folder, "report.html")
+    write_report(
+        path,
+        run,
+        evaluation,
+        places["failures"],
+        places["index"],
+        config.images.sources,
+        config.images.max_pixels,
+    )
+    return path

@@ -1,0 +1,115 @@
+"""Searching a published index for new images, with the very encoder that embedded its items."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from index_builder import storage
+from index_builder.errors import ConfigError, FingerprintError, KithError
+from index_builder.fingerprints import fingerprint
+from index_builder.search import describe_neighbors, search_vectors
+from index_builder.shards import IndexDataset, open_index
+from index_builder.vectors import unit_float16
+from pipelines.config import Config
+from transforms.embed import EmbedSpec
+from transforms.encoders.registry import load_encoder
+from transforms.failures import Failure
+from transforms.prepare import prepare_image
+from transforms.sources.base import ImageRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """The neighbours of one image, best first, or why there are none."""
+
+    image: str
+    neighbors: list[dict[str, object]]
+    failure: Failure | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the result as plain JSON values."""
+        failed = None
+        if self.failure is not None:
+            failed = {"reason": self.failure.reason, "error": self.failure.error}
+        return {"image": self.image, "neighbors": self.neighbors, "failure": failed}
+
+
+def search_images(
+    config: Config,
+    index_folder: str,
+    images: Sequence[str],
+    k: int,
+    nprobe: int | None = None,
+    columns: tuple[str, ...] = (),
+) -> list[SearchResult]:
+    """Searches an index for images given by path, local or `gs://`.
+
+    Raises ConfigError for a missing image or column, FingerprintError when the configuration's
+    encoder is not the one that the index was made with.
+    """
+    index = open_index(index_folder)
+    spec = config.embed_spec()
+    check_encoder_fits(index, spec)
+    known = [field["name"] for field in index.manifest.schema]
+    for name in columns:
+        if name not in known:
+            raise ConfigError(
+                f"The column {name!r} is not in the index {index_folder}, which has "
+                f"{', '.join(known)}. Choose one of those."
+            )
+    records = [_read(path) for path in images]
+    prepared = [prepare_image(record, spec.preprocessing, spec.max_pixels) for record in records]
+    results: dict[int, SearchResult] = {}
+    found = [(i, image) for i, image in enumerate(prepared) if not isinstance(image, Failure)]
+    for i, image in enumerate(prepared):
+        if isinstance(image, Failure):
+            results[i] = SearchResult(images[i], [], image)
+    encoder = load_encoder(spec.encoder, spec.batch_size) if found else None
+    for start in range(0, len(found), spec.batch_size):
+        batch = found[start : start + spec.batch_size]
+        assert encoder is not None
+        vectors, valid = unit_float16(encoder.encode(np.stack([image.pixels for _, image in batch])))
+        for (i, image), ok in zip(batch, valid, strict=True):
+            if not ok:
+                where, error = image.record.source_shard, "The encoder returned no usable vector."
+                failure = Failure(images[i], where, 0, "encode", "zero_vector", error)
+                results[i] = SearchResult(images[i], [], failure)
+        usable = [i for (i, _), ok in zip(batch, valid, strict=True) if ok]
+        if usable:
+            top = search_vectors(index, vectors[valid], k, nprobe)
+            for i, neighbors in zip(usable, describe_neighbors(index, top, columns), strict=True):
+                results[i] = SearchResult(images[i], neighbors)
+    return [results[i] for i in range(len(images))]
+
+
+def check_encoder_fits(index: IndexDataset, spec: EmbedSpec) -> None:
+    """Raises FingerprintError when an index was made with another encoder or preprocessing."""
+    wanted = index.manifest.properties["encoder"]
+    got = spec.encoder_fingerprint()
+    if fingerprint(wanted) != fingerprint(got):
+        differing = sorted(
+            key for key in {*wanted, *got} if wanted.get(key) != got.get(key)
+        )
+        details = "; ".join(
+            f"{key}: the index has {wanted.get(key)!r}, the configuration {got.get(key)!r}"
+            for key in differing
+        )
+        raise FingerprintError(
+            f"The encoder of the configuration is not the one that {index.folder} was made with, so "
+            f"their vectors cannot be compared ({details}). Use the configuration of that index, or "
+            "build an index with this one."
+        )
+
+
+def _read(path: str) -> ImageRecord:
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"The image {path} does not exist. Give the path of an image file."
+        ) from error
+    except OSError as error:
+        raise KithError(f"The image {path} cannot be read: {error}. Check the path.") from error
+    return ImageRecord(path, path, 0, data)
