@@ -1,1 +1,1 @@
-"""The pure library: dataset contracts, training, sharding, joining and evaluating, without Beam or TensorFlow."""
+"""The pure library: datasets, training, sharding, joining, evaluating; no Beam, no TensorFlow."""

@@ -40,9 +40,7 @@ ORIGIN_FIELDS = (
     pa.field("height", pa.int32(), nullable=False),
     pa.field("format", pa.string(), nullable=False),
 )
-RESERVED_COLUMNS = frozenset(
-    [field.name for field in (*IDENTITY_FIELDS, *ORIGIN_FIELDS)] + ["vector"]
-)
+RESERVED_COLUMNS = frozenset([field.name for field in (*IDENTITY_FIELDS, *ORIGIN_FIELDS)] + ["vector"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +56,7 @@ class EmbeddingSchema:
         extra = [pa.field(name, METADATA_TYPES[kind]) for name, kind in self.metadata]
         return pa.schema([*IDENTITY_FIELDS, vector, *ORIGIN_FIELDS, *extra])
 
-    def table(
-        self, vectors: NDArray[np.float16], columns: Mapping[str, Sequence[Any]]
-    ) -> pa.Table:
+    def table(self, vectors: NDArray[np.float16], columns: Mapping[str, Sequence[Any]]) -> pa.Table:
         """Builds a block of the dataset.
 
         `vectors` is float16 [n, dim]; `columns` holds n values for every other column. Raises
@@ -70,16 +66,14 @@ class EmbeddingSchema:
             raise ValueError(f"vectors have shape {vectors.shape}, wanted [n, {self.dim}]")
         schema = self.arrow()
         arrays = [
-            vector_array(vectors)
-            if field.name == "vector"
-            else pa.array(columns[field.name], field.type)
+            list_array(vectors) if field.name == "vector" else pa.array(columns[field.name], field.type)
             for field in schema
         ]
         return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def vector_array(vectors: NDArray[np.float16]) -> pa.FixedSizeListArray:
-    """Wraps float16 [n, dim] as an Arrow column without copying the numbers."""
+def list_array(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
+    """Wraps an array [n, length] as an Arrow column without copying the numbers."""
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
@@ -90,7 +84,8 @@ def list_matrix(column: pa.ChunkedArray) -> NDArray[Any]:
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
     if not chunks:
         return np.empty((0, length), dtype=column.type.value_type.to_pandas_dtype())
-    return np.concatenate(chunks).reshape(-1, length)
+    matrix: NDArray[Any] = np.concatenate(chunks).reshape(-1, length)
+    return matrix
 
 
 def describe_schema(schema: pa.Schema) -> list[dict[str, str]]:
@@ -106,7 +101,7 @@ def parquet_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
     """
     plain = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
     names = [field.name for field in schema if field.name not in plain]
-    compression = {name: "ZSTD" for name in names}
+    compression = dict.fromkeys(names, "ZSTD")
     compression |= {f"{name}.list.element": "NONE" for name in plain}
     return pq.ParquetWriter(
         path, schema, compression=compression, use_dictionary=names, write_statistics=["image_id"]
@@ -137,9 +132,7 @@ def read_part(
         try:
             parquet = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
-            raise DatasetError(
-                f"{path} is not a Parquet file: {error}. Make it again."
-            ) from error
+            raise DatasetError(f"{path} is not a Parquet file: {error}. Make it again.") from error
         if parquet.num_row_groups == 0:
             empty = parquet.schema_arrow.empty_table()
             yield empty if columns is None else empty.select(columns)

@@ -6,6 +6,7 @@ one matrix product a list. Each thread owns a range of the queries and uses sing
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ class JoinSpec:
     """What a join finds: k neighbours under the rules, with metadata columns carried along."""
 
     k: int
-    rules: JoinRules = JoinRules()
+    rules: JoinRules = dataclasses.field(default_factory=JoinRules)
     columns: tuple[str, ...] = ()
     threads: int | None = None
 
@@ -103,14 +104,12 @@ def search_shards(
             columns = ("image_id", *spec.rules.columns, "squared_norm")
             with open_shard(index, number, columns) as shard:
                 corpus = _Corpus.of(shard, queries.encoder)
-                ranges = zip(bounds[:-1], bounds[1:], strict=True)
-                list(pool.map(lambda r: _search_range(top, queries, corpus, *r), ranges))
+                search = functools.partial(_search_range, top, queries, corpus)
+                list(pool.map(search, bounds[:-1], bounds[1:]))
     return top
 
 
-def probed_shards(
-    index: IndexDataset, probes: NDArray[np.int32], home: int | None = None
-) -> list[int]:
+def probed_shards(index: IndexDataset, probes: NDArray[np.int32], home: int | None = None) -> list[int]:
     """Returns the shards that own a probed list: home first, then by the number of probes."""
     layout = index.layout
     by_list = np.bincount(probes.reshape(-1), minlength=index.trained.nlist)
@@ -175,9 +174,7 @@ def _queries_by_list(
             yield list_number, order[first:last] // probes.shape[1]
 
 
-def lookup_rows(
-    index: IndexDataset, rows: NDArray[np.int64], columns: tuple[str, ...]
-) -> pa.Table:
+def lookup_rows(index: IndexDataset, rows: NDArray[np.int64], columns: tuple[str, ...]) -> pa.Table:
     """Returns columns of some rows of the index, in the order of `rows`, one shard at a time."""
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]

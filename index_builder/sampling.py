@@ -17,9 +17,7 @@ def sample_rows(rows: int, sample: int, seed: int) -> NDArray[np.int64]:
     return np.sort(chosen).astype(np.int64)
 
 
-def read_sample(
-    folder: str, parts: Sequence[Part], sample: int, seed: int
-) -> NDArray[np.float16]:
+def read_sample(folder: str, parts: Sequence[Part], sample: int, seed: int) -> NDArray[np.float16]:
     """Reads a random sample of the vectors of a dataset, float16 [sample, dim].
 
     Every row of every part has the same chance; only row groups that hold a chosen row are read.

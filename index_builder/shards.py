@@ -35,9 +35,7 @@ _DROPPED = ("vector", "content_sha256", "width", "height", "format")
 _ROW_GROUP_ROWS = 4096
 
 
-def assign_part(
-    blocks: Iterator[pa.Table], trained: TrainedIndex, nprobe: int, path: str
-) -> None:
+def assign_part(blocks: Iterator[pa.Table], trained: TrainedIndex, nprobe: int, path: str) -> None:
     """Transforms and assigns one part of the embeddings and writes it sorted by list.
 
     The result is scratch for `build_shard`: a Parquet file with columns `list` int32, `code` float16
@@ -50,8 +48,8 @@ def assign_part(
         probes = nearest_lists(codes, trained.centroids, nprobe)
         kept = block.drop_columns([name for name in _DROPPED if name in block.column_names])
         kept = kept.append_column("list", pa.array(probes[:, 0]))
-        kept = kept.append_column("code", embeddings.vector_array(codes))
-        tables.append(kept.append_column("probes", embeddings.vector_array(probes)))
+        kept = kept.append_column("code", embeddings.list_array(codes))
+        tables.append(kept.append_column("probes", embeddings.list_array(probes)))
     table = pa.concat_tables(tables)
     order = np.argsort(table["list"].to_numpy(), kind="stable")
     with storage.atomic_path(path) as temporary:
@@ -97,9 +95,11 @@ def build_shard(
     _write_faiss(storage.join(folder, f"{name}.faiss"), trained, codes, lists, start)
     rows = table.drop_columns(["code", "list"])
     rows = rows.append_column("squared_norm", pa.array(squared_norms(codes)))
-    with storage.atomic_path(storage.join(folder, f"{name}.parquet")) as temporary:
-        with embeddings.parquet_writer(temporary, rows.schema) as writer:
-            writer.write_table(rows, row_group_size=_ROW_GROUP_ROWS)
+    with (
+        storage.atomic_path(storage.join(folder, f"{name}.parquet")) as temporary,
+        embeddings.parquet_writer(temporary, rows.schema) as writer,
+    ):
+        writer.write_table(rows, row_group_size=_ROW_GROUP_ROWS)
     files = (
         manifests.describe_file(folder, f"{name}.faiss"),
         manifests.describe_file(folder, f"{name}.parquet"),
@@ -161,9 +161,7 @@ def _write_faiss(
     vectors = codes.astype(np.float32)
     ids = np.arange(first_row, first_row + len(vectors), dtype=np.int64)
     assigned = np.ascontiguousarray(lists, dtype=np.int64)
-    index.add_core(
-        len(vectors), faiss.swig_ptr(vectors), faiss.swig_ptr(ids), faiss.swig_ptr(assigned)
-    )
+    index.add_core(len(vectors), faiss.swig_ptr(vectors), faiss.swig_ptr(ids), faiss.swig_ptr(assigned))
     with storage.atomic_path(path) as temporary:
         faiss.write_index(index, temporary)
 
@@ -236,7 +234,8 @@ class IndexShard:
         if size == 0:
             return np.empty((0, dim), dtype=np.float16)
         codes = faiss.rev_swig_ptr(inverted.get_codes(list_number), size * inverted.code_size)
-        return codes.view(np.float16).reshape(size, dim)
+        matrix: NDArray[np.float16] = codes.view(np.float16).reshape(size, dim)
+        return matrix
 
     def codes(self) -> NDArray[np.float16]:
         """Returns all vectors of the shard in row order, float16 [rows, dim], as a copy."""
@@ -249,7 +248,8 @@ class IndexShard:
 
     def squared_norms(self) -> NDArray[np.float64]:
         """Returns the exact squared norms of the shard's vectors, float64 [rows]."""
-        return self.table["squared_norm"].to_numpy()
+        norms: NDArray[np.float64] = self.table["squared_norm"].to_numpy()
+        return norms
 
     def probes(self) -> NDArray[np.int32]:
         """Returns the nearest lists of each row, nearest first, int32 [rows, nprobe]."""

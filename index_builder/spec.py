@@ -13,6 +13,7 @@ MIN_POINTS_PER_CENTROID = 39
 MAX_POINTS_PER_CENTROID = 256
 
 _SHARD_BYTES = 256 << 20
+_EXACT_ROWS = 20_000
 
 
 class Metric(enum.Enum):
@@ -54,8 +55,8 @@ class IndexSpec:
         """Chooses what was left open for a catalogue of `rows` vectors of `encoder_dim` numbers.
 
         nlist: about the square root of 16 N as FAISS's guidelines advise, but never so many that a
-        list has fewer than 39 training points. nprobe: every list of a small index, otherwise 4
-        times the fourth root of nlist squared, about an eighth of 1,000 lists.
+        list has fewer than 39 training points. nprobe: every list of an index of at most 20,000
+        vectors, where exact search costs next to nothing, otherwise 4 sqrt(nlist).
         Raises ConfigError for a combination that cannot be built.
         """
         if rows < 1:
@@ -69,7 +70,7 @@ class IndexSpec:
                 f"({rows} embeddings, index.training_rows {self.training_rows}). "
                 f"Set index.nlist: auto or at most {sample}."
             )
-        nprobe = min(nlist, math.ceil(4 * math.sqrt(nlist))) if self.nprobe is None else self.nprobe
+        nprobe = _auto_nprobe(rows, nlist) if self.nprobe is None else self.nprobe
         if nprobe > nlist:
             raise ConfigError(
                 f"index.nprobe is {nprobe}, but the index has {nlist} lists. "
@@ -109,6 +110,10 @@ class ResolvedSpec:
         """Memory that training takes: the sample in float64, its covariance, and the k-means copy."""
         covariance = 0 if self.request.transform.kind == "none" else 3 * self.encoder_dim**2 * 8
         return self.sample * self.encoder_dim * (8 + 4) + covariance
+
+
+def _auto_nprobe(rows: int, nlist: int) -> int:
+    return nlist if rows <= _EXACT_ROWS else min(nlist, math.ceil(4 * math.sqrt(nlist)))
 
 
 def check_training_memory(spec: ResolvedSpec, limit_bytes: int) -> None:

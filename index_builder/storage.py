@@ -13,7 +13,7 @@ import os
 import posixpath
 import tempfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
@@ -99,12 +99,12 @@ def read_json(path: str) -> Any:
         ) from error
 
 
-def open_binary(path: str) -> BinaryIO:
-    """Opens a file for reading, seekable. Raises FileNotFoundError."""
+def open_binary(path: str) -> Any:
+    """Opens a file for reading, as a seekable binary file. Raises FileNotFoundError."""
     if not is_remote(path):
         return open(path, "rb")
     fs, name = filesystem(path)
-    return fs.open(name, "rb")  # type: ignore[no-any-return]
+    return fs.open(name, "rb")
 
 
 @contextlib.contextmanager

@@ -144,16 +144,16 @@ def error_bound(dim: int) -> float:
     return dim * _UNIT_ROUNDOFF / (1 - dim * _UNIT_ROUNDOFF)
 
 
-@njit(cache=True, nogil=True, fastmath=True)  # type: ignore[misc]
+@njit(cache=True, nogil=True, fastmath=True)
 def _exact_dot(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """Dot product in float64; exact in any order of summation, so reordering is harmless here."""
     total = 0.0
     for i in range(a.shape[0]):
-        total += np.float64(a[i]) * np.float64(b[i])
+        total += float(a[i]) * float(b[i])
     return total
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
+@njit(cache=True, nogil=True)
 def _id_precedes(
     data: NDArray[np.uint8], start: int, stop: int, kept: NDArray[np.uint8], length: int
 ) -> bool:
@@ -164,7 +164,7 @@ def _id_precedes(
     return stop - start < length
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
+@njit(cache=True, nogil=True)
 def _offer_tile(
     fast: NDArray[np.float32],
     bound: float,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from typing import Any
 
 import faiss
 import numpy as np
@@ -92,12 +93,13 @@ def _neighbouring_order(centroids: NDArray[np.float16], seed: int) -> NDArray[np
     position[chain] = np.arange(len(chain))
     affinity = wide @ centres.T
     group = affinity.argmax(axis=1)
-    return np.lexsort((np.arange(count), -affinity.max(axis=1), position[group]))
+    order: NDArray[np.int64] = np.lexsort((np.arange(count), -affinity.max(axis=1), position[group]))
+    return order
 
 
 def save_trained(path: str, trained: TrainedIndex) -> None:
     """Writes a trained index as one `.npz` file; equal arrays give equal bytes."""
-    arrays = {"centroids": trained.centroids}
+    arrays: dict[str, NDArray[Any]] = {"centroids": trained.centroids}
     if trained.transform.matrix is not None and trained.transform.mean is not None:
         arrays |= {"mean": trained.transform.mean, "matrix": trained.transform.matrix}
     buffer = io.BytesIO()
@@ -108,7 +110,5 @@ def save_trained(path: str, trained: TrainedIndex) -> None:
 def load_trained(path: str) -> TrainedIndex:
     """Reads what `save_trained` wrote. Raises FileNotFoundError."""
     with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as arrays:
-        transform = (
-            Transform(arrays["mean"], arrays["matrix"]) if "matrix" in arrays else Transform()
-        )
+        transform = Transform(arrays["mean"], arrays["matrix"]) if "matrix" in arrays else Transform()
         return TrainedIndex(transform, arrays["centroids"])

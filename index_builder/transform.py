@@ -80,4 +80,5 @@ def learn_transform(spec: TransformSpec, sample: NDArray[np.float16]) -> Transfo
 
 
 def _on_grid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.round(values * _GRID) / _GRID
+    rounded: NDArray[np.float64] = np.round(values * _GRID) / _GRID
+    return rounded

@@ -5,6 +5,8 @@ partial sum below 32 fits the 53 bits of a float64 exactly: norms and dot produc
 have the same bits in any order of summation, on any machine.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -20,10 +22,11 @@ _LENGTH_TOLERANCE = 2e-7
 def squared_norms(vectors: NDArray[np.float16]) -> NDArray[np.float64]:
     """Returns the exact squared L2 norms, float64 [n], of float16 vectors [n, d]."""
     wide = vectors.astype(np.float64)
-    return np.einsum("ij,ij->i", wide, wide)
+    norms: NDArray[np.float64] = np.einsum("ij,ij->i", wide, wide)
+    return norms
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
+@njit(cache=True, nogil=True)
 def _norms_in_order(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """L2 norms, summed from the first column to the last (no fastmath, so no reordering, no FMA)."""
     norms = np.empty(vectors.shape[0])
@@ -35,7 +38,7 @@ def _norms_in_order(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     return norms
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
+@njit(cache=True, nogil=True)
 def _restore_unit_length(bits: NDArray[np.uint16], values: NDArray[np.float64]) -> None:
     """Moves single numbers of float16 rows (as bit patterns) by one unit in the last place.
 
@@ -67,7 +70,7 @@ def _restore_unit_length(bits: NDArray[np.uint16], values: NDArray[np.float64]) 
 
 
 def unit_float16(
-    vectors: NDArray[np.floating],
+    vectors: NDArray[np.floating[Any]],
 ) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
     """Scales vectors to unit L2 length and rounds them to float16.
 

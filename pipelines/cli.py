@@ -38,12 +38,8 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a dotted key; may be repeated."),
 ]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output.")
-]
-VerboseOption = Annotated[
-    bool, typer.Option("--verbose", help="Show the logs of Beam and tracebacks.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the logs of Beam and tracebacks.")]
 EmbeddingsOption = Annotated[
     str | None,
     typer.Option(

@@ -34,8 +34,7 @@ def define_pipeline(root: beam.Pipeline, config: EmbedConfig) -> beam.PCollectio
         root
         | "ListShards" >> beam.Create(config.tasks)
         | "SpreadShards" >> beam.Reshuffle()
-        | "EmbedImages"
-        >> EmbedImages(config.spec, config.embeddings_folder, config.failures_folder)
+        | "EmbedImages" >> EmbedImages(config.spec, config.embeddings_folder, config.failures_folder)
     )
 
 
@@ -157,8 +156,9 @@ def _reuse_parts(workspace: str, graph: EmbedConfig) -> list[str]:
         part, failed = by_key.get(task.key), failed_by_key.get(task.key)
         if part is None or failed is None or old_embeddings == folder:
             continue
-        if not (manifests.is_intact(old_embeddings, part) and
-                manifests.is_intact(old_failures, failed)):
+        if not (
+            manifests.is_intact(old_embeddings, part) and manifests.is_intact(old_failures, failed)
+        ):
             continue  # fmt: skip
         for old, target, found in (
             (old_failures, failures_folder, failed),
@@ -172,9 +172,7 @@ def _reuse_parts(workspace: str, graph: EmbedConfig) -> list[str]:
 
 def _manifest(plan: EmbedPlan, kind: str, folder: str) -> Manifest:
     tasks, encoder = plan.graph.tasks, plan.encoder
-    parts = manifests.collect_parts(
-        folder, [task.part for task in tasks], [task.key for task in tasks]
-    )
+    parts = manifests.collect_parts(folder, [task.part for task in tasks], [task.key for task in tasks])
     properties: dict[str, Any] = {"encoder": encoder}
     schema = failures.SCHEMA
     if kind == embeddings.KIND:
@@ -213,16 +211,12 @@ def _books(made: Manifest, failed: Manifest, unchanged: bool, reused: set[str]) 
         else:
             embedded += part.rows
     regions = sum(part.properties["unreadable_regions"] for part in made.parts)
-    return Books(
-        read, embedded, taken, failed.rows - regions, dict(sorted(reasons.items())), regions
-    )
+    return Books(read, embedded, taken, failed.rows - regions, dict(sorted(reasons.items())), regions)
 
 
 def _refuse_emptiness(books: Books, failures_folder: str) -> None:
     if books.read == 0:
-        regions = f" ({books.unreadable_regions} unreadable regions)" * bool(
-            books.unreadable_regions
-        )
+        regions = f" ({books.unreadable_regions} unreadable regions)" * bool(books.unreadable_regions)
         raise KithError(
             f"The catalogue is empty: no image was found in its files{regions}. Check images.sources; "
             f"what could not be read is listed in {failures_folder}."

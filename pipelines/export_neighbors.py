@@ -32,9 +32,7 @@ def define_pipeline(root: beam.Pipeline, config: ExportConfig) -> beam.PCollecti
         | "ListParts" >> beam.Create(config.parts)
         | "SpreadParts" >> beam.Reshuffle()
         | "ExportNeighbors"
-        >> ExportNeighbors(
-            config.neighbors_folder, config.spec, config.export_folder, config.key
-        )
+        >> ExportNeighbors(config.neighbors_folder, config.spec, config.export_folder, config.key)
     )
 
 

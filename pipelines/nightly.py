@@ -43,9 +43,7 @@ def run_nightly(config: Config, session: Session) -> NightlyResult:
     with workspace_lock(config.workspace):
         run_id = run_manifest.new_run_id(config.workspace, started)
         embedded = embed_images(config, session)
-        index = build_index(
-            config, session, embedded.embeddings.folder, embedded.failures.folder
-        )
+        index = build_index(config, session, embedded.embeddings.folder, embedded.failures.folder)
         neighbors = join_neighbors(config, session, index.folder)
         evaluation = evaluate_neighbors(config, session, index.folder, neighbors.folder)
         figures = read_evaluation(evaluation)
@@ -59,9 +57,7 @@ def run_nightly(config: Config, session: Session) -> NightlyResult:
         outcome = dataclasses.replace(outcome, export=export)
         published = config.nightly.publish
         status = run_manifest.PUBLISHED if published else run_manifest.NOT_PUBLISHED
-        run, run_path, report_path = _write_run(
-            config, session, run_id, status, started, outcome
-        )
+        run, run_path, report_path = _write_run(config, session, run_id, status, started, outcome)
         pointer = None
         if published:
             folders = {kind: dataset.folder for kind, dataset in outcome.datasets().items()}

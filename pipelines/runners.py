@@ -45,7 +45,7 @@ class RunnerSpec:
     @property
     def is_local(self) -> bool:
         """Tells whether workers run in this process."""
-        return self.options().view_as(StandardOptions).runner == LOCAL_RUNNER
+        return bool(self.options().view_as(StandardOptions).runner == LOCAL_RUNNER)
 
 
 def make_pipeline(spec: RunnerSpec) -> beam.Pipeline:
@@ -61,9 +61,7 @@ def make_pipeline(spec: RunnerSpec) -> beam.Pipeline:
                 f"{LOCAL_RUNNER}, or a runner of Beam with the options that it needs after --."
             ) from error
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
-    provision = ExtendedProvisionInfo(
-        beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
-    )
+    provision = ExtendedProvisionInfo(beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded))
     return beam.Pipeline(runner=FnApiRunner(provision_info=provision), options=options)
 
 

@@ -89,9 +89,7 @@ def check_encoder_fits(index: IndexDataset, spec: EmbedSpec) -> None:
     wanted = index.manifest.properties["encoder"]
     got = spec.encoder_fingerprint()
     if fingerprint(wanted) != fingerprint(got):
-        differing = sorted(
-            key for key in {*wanted, *got} if wanted.get(key) != got.get(key)
-        )
+        differing = sorted(key for key in {*wanted, *got} if wanted.get(key) != got.get(key))
         details = "; ".join(
             f"{key}: the index has {wanted.get(key)!r}, the configuration {got.get(key)!r}"
             for key in differing

@@ -221,9 +221,7 @@ def require_npm(folder: Path, name: str, version: str) -> None:
         raise BuildError(f"{folder} holds no package.json. Unpack npm {name} {version} there.")
     found = json.loads(path.read_text(encoding="utf-8"))
     if (found["name"], found["version"]) != (name, version):
-        raise BuildError(
-            f"{folder} holds {found['name']} {found['version']}, wanted {name} {version}."
-        )
+        raise BuildError(f"{folder} holds {found['name']} {found['version']}, wanted {name} {version}.")
 
 
 def read_verified(path: Path, sha256: str) -> bytes:
@@ -481,9 +479,7 @@ def hard_images(skimage: Path, pydicom: Path) -> dict[str, bytes]:
             cat.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=JPEG_QUALITY, exif=exif
         ),
         "gray16.png": encode(gray16(cat), "PNG"),
-        "palette_alpha.png": encode(
-            vignette(cup).quantize(method=Image.Quantize.FASTOCTREE), "PNG"
-        ),
+        "palette_alpha.png": encode(vignette(cup).quantize(method=Image.Quantize.FASTOCTREE), "PNG"),
         "animated.gif": encode(
             frames[0], "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0
         ),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def write_embeddings(folder: Path, catalogue: Catalogue, parts: int = 3) -> list
     cuts = np.linspace(0, len(catalogue), parts + 1).astype(int)
     folder.mkdir(parents=True)
     written = []
-    for number, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
         columns = {name: values[start:stop] for name, values in catalogue.columns().items()}
         columns |= {name: [value] * (stop - start) for name, value in origin.items()}
         table = schema.table(vectors[start:stop], columns)
@@ -98,7 +99,7 @@ def write_embeddings(folder: Path, catalogue: Catalogue, parts: int = 3) -> list
 def build_index(
     folder: Path,
     catalogue: Catalogue,
-    request: IndexSpec = IndexSpec(),  # noqa: B008, RUF009 (frozen)
+    request: IndexSpec = IndexSpec(),  # noqa: B008 (frozen)
     parts: int = 3,
 ) -> IndexDataset:
     """Builds `folder`/embeddings and `folder`/index, step by step as the pipeline does."""
@@ -118,8 +119,7 @@ def build_index(
     training.save_trained(str(target / shards.TRAINED_NAME), trained)
     sharding.save_layout(str(target / shards.LAYOUT_NAME), layout)
     files = [
-        manifests.describe_file(str(target), name)
-        for name in (shards.TRAINED_NAME, shards.LAYOUT_NAME)
+        manifests.describe_file(str(target), name) for name in (shards.TRAINED_NAME, shards.LAYOUT_NAME)
     ]
     built = [Part(shards.SHARED_PART, "key", 0, tuple(files))]
     built += [
@@ -188,7 +188,7 @@ class BruteForce:
 def brute_force(
     index: IndexDataset,
     catalogue: Catalogue,
-    rules: JoinRules = JoinRules(),  # noqa: B008, RUF009 (frozen)
+    rules: JoinRules = JoinRules(),  # noqa: B008 (frozen)
     nprobe: int | None = None,
 ) -> BruteForce:
     """Scores every pair of a catalogue; with `nprobe`, only pairs in the lists a query probes."""

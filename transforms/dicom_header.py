@@ -19,9 +19,7 @@ _DEFLATED = "1.2.840.10008.1.2.1.99"
 _IMPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 _UNCOMPRESSED = (_IMPLICIT, "1.2.840.10008.1.2.1", _BIG_ENDIAN, _DEFLATED)
 
-_SHORT_VRS = frozenset(
-    b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
-)
+_SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -85,9 +83,7 @@ class _Walk:
                 return offset
         return offset
 
-    def value(
-        self, tag: int, kind: bytes, length: int, offset: int, end: int, depth: int
-    ) -> int:
+    def value(self, tag: int, kind: bytes, length: int, offset: int, end: int, depth: int) -> int:
         """Walks one value; the offset after it."""
         if length == _UNDEFINED:
             if kind == b"UN":  # Its items are in the implicit encoding, whatever the file's.

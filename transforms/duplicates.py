@@ -17,9 +17,7 @@ from index_builder import embeddings, storage
 from index_builder.manifests import Part
 
 # The same for every dataset, whatever it allows to be null.
-_SCHEMA = pa.schema(
-    [("image_id", pa.string()), ("source_shard", pa.string()), ("row", pa.int64())]
-)
+_SCHEMA = pa.schema([("image_id", pa.string()), ("source_shard", pa.string()), ("row", pa.int64())])
 # Duplicates listed for people by one bucket; all are counted.
 MOST_LISTED = 20
 

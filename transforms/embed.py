@@ -12,6 +12,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow.parquet as pq
 from apache_beam.utils.shared import Shared
+from numpy.typing import NDArray
 
 from index_builder import embeddings, manifests, storage
 from index_builder.errors import ImageError, KithError
@@ -244,7 +245,7 @@ def _encode(
     return len(kept)
 
 
-def _vector_problem(vector: np.ndarray) -> ImageError | None:
+def _vector_problem(vector: NDArray[np.float32]) -> ImageError | None:
     if not np.isfinite(vector).all():
         return ImageError("non_finite", "The encoder returned numbers that are not finite.")
     if not vector.any():
@@ -259,10 +260,10 @@ class _PartSink:
 
     def __init__(self, schema: embeddings.EmbeddingSchema) -> None:
         self._schema = schema
-        self._vectors: list[np.ndarray] = []
+        self._vectors: list[NDArray[np.float16]] = []
         self._images: list[PreparedImage] = []
 
-    def add(self, vectors: np.ndarray, images: list[PreparedImage]) -> None:
+    def add(self, vectors: NDArray[np.float16], images: list[PreparedImage]) -> None:
         """Adds rows: vectors float16 [n, dim] and the images they belong to."""
         self._vectors.append(vectors)
         # Pixels are done with; keeping them for a whole row group would take 600 MB.

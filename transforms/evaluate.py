@@ -1,4 +1,4 @@
-"""Evaluation: recall on a sample, hits on known right answers, and examples for people to look at."""
+"""Evaluation: recall on a sample, hits on known right answers, and examples for people."""
 
 import dataclasses
 import zlib
@@ -67,9 +67,7 @@ class EvaluateNeighbors(beam.PTransform):
 
     def expand(self, root: beam.Pipeline) -> beam.PCollection[Part]:
         """Adds two branches, recall and statistics, and the step that writes both."""
-        recall = (
-            root | "Recall" >> beam.Create([self.join]) | "MeasureRecall" >> beam.Map(self._recall)
-        )
+        recall = root | "Recall" >> beam.Create([self.join]) | "MeasureRecall" >> beam.Map(self._recall)
         return (
             root
             | "ListParts" >> beam.Create(self.parts)

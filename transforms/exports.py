@@ -1,4 +1,4 @@
-"""Export: neighbours as a recommender loads them, Parquet for a warehouse, JSONL for a key-value store."""
+"""Export: neighbours as a recommender loads them, as Parquet and as JSONL."""
 
 import dataclasses
 import json
@@ -84,15 +84,13 @@ class _ExportPart(beam.DoFn):
                 if name.endswith(".jsonl"):
                     _write_jsonl(temporary, table)
                 else:
-                    pq.write_table(
-                        table, temporary, row_group_size=_ROW_GROUP_ROWS, compression="ZSTD"
-                    )
+                    pq.write_table(table, temporary, row_group_size=_ROW_GROUP_ROWS, compression="ZSTD")
         files = tuple(manifests.describe_file(self._folder, name) for name in names)
         return Part(source.name, self._key, len(table), files, {"pairs": pairs})
 
 
 def export_schema(columns: tuple[tuple[str, pa.DataType], ...]) -> pa.Schema:
-    """Returns the schema of an export: `query_id`, and `neighbors` best first with their columns."""
+    """Returns the schema of an export: `query_id`, and `neighbors`, best first."""
     neighbor = pa.struct(
         [
             pa.field("id", pa.string(), nullable=False),

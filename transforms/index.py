@@ -117,9 +117,9 @@ class _WithTrained(beam.DoFn):
         self._shared = shared
 
     def trained(self) -> TrainedIndex:
-        return self._shared.acquire(
-            lambda: load_trained(self._spec.trained_path), tag=self._spec.trained_path
-        )
+        path = self._spec.trained_path
+        trained: TrainedIndex = self._shared.acquire(lambda: load_trained(path), tag=path)
+        return trained
 
 
 class _AssignPart(_WithTrained):
@@ -157,9 +157,7 @@ class _BuildShard(_WithTrained):
         if part is None:
             with timed(STAGE):
                 paths = [spec.assigned_path(i) for i in range(len(spec.embeddings_parts))]
-                part = shards.build_shard(
-                    spec.index_folder, shard, layout, self.trained(), paths, key
-                )
+                part = shards.build_shard(spec.index_folder, shard, layout, self.trained(), paths, key)
             manifests.mark_part(spec.index_folder, part)
             count(STAGE, "vectors_out", part.rows)
             count(STAGE, "bytes_out", sum(file.bytes for file in part.files))
@@ -167,9 +165,7 @@ class _BuildShard(_WithTrained):
         yield part
 
 
-def _describe_shared(
-    list_sizes: NDArray[np.int64], spec: BuildSpec, built: Iterable[Part]
-) -> Part:
+def _describe_shared(list_sizes: NDArray[np.int64], spec: BuildSpec, built: Iterable[Part]) -> Part:
     """Returns the part of what all shards share, once all shards are built."""
     trained = load_trained(spec.trained_path)
     files = tuple(

@@ -1,7 +1,7 @@
 """Paths in a configuration: local or `gs://`, relative to where they were written.
 
-A relative path in a config file is relative to that file's folder, so a scheduled run does not depend
-on its working directory; one given on the command line is relative to the working directory.
+A relative path in a config file is relative to that file's folder, so a scheduled run does not
+depend on its working directory; one given on the command line is relative to the working directory.
 """
 
 import os

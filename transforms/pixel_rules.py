@@ -78,7 +78,8 @@ def to_rgb(image: Image.Image) -> Pixels:
         return _grey16_to_rgb(image)
     if image.mode in ("I", "F"):
         raise ImageError(
-            UNSUPPORTED_FORMAT, f"The samples have 32 bits (mode {image.mode}), at most 16 are read."
+            UNSUPPORTED_FORMAT,
+            f"The samples have 32 bits (mode {image.mode}); 16 are read at most.",
         )
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         return composite_on_white(np.asarray(image.convert("RGBA")))

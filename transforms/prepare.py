@@ -46,9 +46,7 @@ def prepare_image(
 
 def failure_of(record: ImageRecord, stage: str, error: ImageError) -> Failure:
     """Returns the row for an image that a stage could not handle."""
-    return Failure(
-        record.image_id, record.source_shard, record.row, stage, error.reason, error.message
-    )
+    return Failure(record.image_id, record.source_shard, record.row, stage, error.reason, error.message)
 
 
 def prepare_images(

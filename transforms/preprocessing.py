@@ -76,9 +76,7 @@ class Preprocessing:
         }
 
 
-def centre_box(
-    size: tuple[int, int], target: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def centre_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
     """The largest centred box of an image that has the proportions of `target`.
 
     Sizes are (width, height); the box is (left, top, right, bottom) in fractional pixels.
@@ -93,9 +91,7 @@ def centre_box(
     return left, top, min(left + box_width, width), min(top + box_height, height)
 
 
-def _pad(
-    image: Image.Image, target: tuple[int, int], resample: Image.Resampling
-) -> Image.Image:
+def _pad(image: Image.Image, target: tuple[int, int], resample: Image.Resampling) -> Image.Image:
     scale = min(target[0] / image.width, target[1] / image.height)
     width = min(max(round(image.width * scale), 1), target[0])
     height = min(max(round(image.height * scale), 1), target[1])

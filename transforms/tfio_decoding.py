@@ -68,9 +68,7 @@ def import_tensorflow_io() -> Any:
 
 
 # A lossless WebP of one pixel.
-_SMALLEST_WEBP = bytes.fromhex(
-    "524946461a000000574542505650384c0e0000002f00000000071011fd0f4444ff03"
-)
+_SMALLEST_WEBP = bytes.fromhex("524946461a000000574542505650384c0e0000002f00000000071011fd0f4444ff03")
 
 
 @dataclass(frozen=True)
@@ -238,7 +236,8 @@ def _stretch(frame: NDArray[np.float32]) -> Pixels:
     low, high = values.min(), values.max()
     if high == low:
         return np.zeros(frame.shape, np.uint8)
-    return np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+    stretched: Pixels = np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+    return stretched
 
 
 def _run(name: str, operation: Callable[..., Any], data: bytes) -> Pixels:
@@ -250,16 +249,12 @@ def _run(name: str, operation: Callable[..., Any], data: bytes) -> Pixels:
     return pixels
 
 
-def _run_any(
-    name: str, operation: Callable[..., Any], data: bytes, **options: Any
-) -> NDArray[Any]:
+def _run_any(name: str, operation: Callable[..., Any], data: bytes, **options: Any) -> NDArray[Any]:
     tf = import_tensorflow()
     try:
         result: NDArray[Any] = operation(data, **options).numpy()
     except tf.errors.ResourceExhaustedError as error:
         raise ImageError(TOO_LARGE, f"The {name} image does not fit in memory.") from error
     except tf.errors.OpError as error:
-        raise ImageError(
-            CORRUPT, f"The {name} image cannot be decoded: {error.message}"
-        ) from error
+        raise ImageError(CORRUPT, f"The {name} image cannot be decoded: {error.message}") from error
     return result

@@ -216,9 +216,7 @@ def _tiles(
             f"same {truth.get('column')} in the first {figures.count(truth.get('k'))}; "
             f"{figures.percent(truth.get('hit_rate_at_1'))} in first place"
         )
-        tiles.append(
-            _Tile("Same-object hit rate", figures.percent(truth.get("hit_rate_at_k")), note)
-        )
+        tiles.append(_Tile("Same-object hit rate", figures.percent(truth.get("hit_rate_at_k")), note))
     join = _section(run, "join")
     if join is not None:
         pairs = (_section(run, "export") or join).get("pairs")

@@ -61,9 +61,7 @@ def test_the_packages_keep_the_direction(tree: Path) -> None:
         ("transforms/encoders/wrong.py", "import pipelines.report", {LAYERS}),
     ],
 )
-def test_a_forbidden_import_is_refused(
-    tree: Path, module: str, line: str, broken: set[str]
-) -> None:
+def test_a_forbidden_import_is_refused(tree: Path, module: str, line: str, broken: set[str]) -> None:
     (tree / module).write_text(f"{line}\n")
     result = lint_imports(tree)
     assert result.returncode == 1, result.stdout + result.stderr

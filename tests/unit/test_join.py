@@ -231,9 +231,7 @@ def test_rules_with_no_partner_give_an_empty_row(tmp_path: Path) -> None:
 
 
 LATTICE = st.integers(1, 3).flatmap(
-    lambda dim: st.lists(
-        st.tuples(*[st.integers(-2, 2)] * dim).filter(any), min_size=1, max_size=30
-    )
+    lambda dim: st.lists(st.tuples(*[st.integers(-2, 2)] * dim).filter(any), min_size=1, max_size=30)
 )
 
 
@@ -241,9 +239,7 @@ LATTICE = st.integers(1, 3).flatmap(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 @given(st.data())
-def test_any_small_catalogue(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_any_small_catalogue(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Vectors on a small lattice: equal vectors and equal scores are the rule."""
     vectors = np.asarray(data.draw(LATTICE, "vectors"), dtype=np.float64)
     n = len(vectors)
@@ -265,9 +261,7 @@ def test_any_small_catalogue(
 
 
 @pytest.mark.parametrize("nprobe", [3, 16])
-def test_bytes_do_not_depend_on_shards(
-    nprobe: int, catalogue: Catalogue, tmp_path: Path
-) -> None:
+def test_bytes_do_not_depend_on_shards(nprobe: int, catalogue: Catalogue, tmp_path: Path) -> None:
     spec = JoinSpec(12, JoinRules(different=("brand",)), columns=("brand", "size"))
     written = []
     for shards in (1, 2, 5):
@@ -280,9 +274,7 @@ def test_bytes_do_not_depend_on_shards(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 50])
-def test_bytes_do_not_depend_on_threads(
-    threads: int, partial: IndexDataset, tmp_path: Path
-) -> None:
+def test_bytes_do_not_depend_on_threads(threads: int, partial: IndexDataset, tmp_path: Path) -> None:
     one = join_all(partial, JoinSpec(12, columns=("brand",), threads=1))
     several = join_all(partial, JoinSpec(12, columns=("brand",), threads=threads))
     assert parquet_bytes(several) == parquet_bytes(one)
@@ -395,9 +387,7 @@ def test_home_comes_first_then_the_shards_most_queries_probe(partial: IndexDatas
         probes = np.asarray([[layout.shard_lists(3)[0]]] * 5 + [[layout.shard_lists(1)[1] - 1]])
         order = probed_shards(partial, probes.astype(np.int32), home)
         others = [number for number in order if number != home]
-        weights = [
-            int(np.isin(probes, range(*layout.shard_lists(number))).sum()) for number in others
-        ]
+        weights = [int(np.isin(probes, range(*layout.shard_lists(number))).sum()) for number in others]
         assert weights == sorted(weights, reverse=True)
         assert all(weights)
         assert home is None or order[0] == home

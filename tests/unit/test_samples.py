@@ -277,7 +277,5 @@ def test_an_empty_picture_is_refused(build_catalog: ModuleType) -> None:
 
 def test_another_version_of_a_package_is_refused(build_catalog: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text('{"name": "drawings", "version": "2.0.0"}')
-    with pytest.raises(
-        build_catalog.BuildError, match=r"holds drawings 2.0.0, wanted drawings 1.0"
-    ):
+    with pytest.raises(build_catalog.BuildError, match=r"holds drawings 2.0.0, wanted drawings 1.0"):
         build_catalog.require_npm(tmp_path, "drawings", "1.0")

@@ -1,5 +1,7 @@
 """The kernel that keeps the k best: order, ties, error bound, and independence of how it is fed."""
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,9 +17,7 @@ from index_builder.vectors import squared_norms, unit_float16
 
 
 def block(vectors: NDArray[np.float16]) -> Block:
-    return Block(
-        vectors.astype(np.float32), squared_norms(vectors), RuleCodes.none(len(vectors))
-    )
+    return Block(vectors.astype(np.float32), squared_norms(vectors), RuleCodes.none(len(vectors)))
 
 
 def wanted(
@@ -57,7 +57,7 @@ def test_equals_brute_force_however_it_is_fed(data: st.DataObject) -> None:
     k = data.draw(st.integers(1, 9))
     cuts = data.draw(st.lists(st.integers(0, len(corpus)), max_size=4))
     bounds = sorted({0, len(corpus), *cuts})
-    pieces = data.draw(st.permutations(list(zip(bounds[:-1], bounds[1:], strict=True))))
+    pieces = data.draw(st.permutations(list(itertools.pairwise(bounds))))
     middle = data.draw(st.integers(0, len(queries)))
 
     top = TopK(len(queries), k, column.max_bytes)

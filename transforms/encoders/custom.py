@@ -20,9 +20,7 @@ SIGNATURE = "serving_default"
 
 # The modes of keras.applications.imagenet_utils.preprocess_input.
 KERAS_MODES = ("tf", "torch", "caffe")
-APPLICATIONS = {
-    application.name: application for application in keras_applications.APPLICATIONS
-}
+APPLICATIONS = {application.name: application for application in keras_applications.APPLICATIONS}
 PREPROCESSINGS = ("none", *KERAS_MODES, efficientnet_lite0.NAME, *APPLICATIONS)
 
 
@@ -84,7 +82,8 @@ def _keras_file_input_shape(path: Path) -> list[int | None] | None:
     layers = config.get("config", {}).get("layers") or []
     shapes = [layer.get("config", {}).get("batch_shape") for layer in layers]
     stated = [shape for shape in shapes if shape]
-    return stated[0] if stated else config.get("build_config", {}).get("input_shape")
+    shape: list[int | None] | None = stated[0] if stated else None
+    return shape or config.get("build_config", {}).get("input_shape")
 
 
 def _settle_size(spec: EncoderSpec, shape: list[int | None] | None) -> tuple[int, int]:

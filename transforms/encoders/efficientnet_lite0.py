@@ -104,9 +104,7 @@ def _inverted_residual(
         kernel, strides=stride, padding="same", use_bias=False, name=f"{name}_dw"
     )(x)
     x = _norm_relu6(x, f"{name}_dw_bn")
-    x = layers.Conv2D(
-        filters, 1, padding="same", use_bias=False, name=f"{name}_project_conv"
-    )(x)
+    x = layers.Conv2D(filters, 1, padding="same", use_bias=False, name=f"{name}_project_conv")(x)
     x = layers.BatchNormalization(epsilon=1e-3, name=f"{name}_project_bn")(x)
     if stride == 1 and in_filters == filters:
         x = layers.Add()([inputs, x])

@@ -19,7 +19,7 @@ from index_builder.errors import KithError
 
 @functools.cache
 def import_tensorflow() -> Any:
-    """The `tensorflow` module; `TF_CPP_MIN_LOG_LEVEL` is 3 unless the environment says otherwise."""
+    """The `tensorflow` module; `TF_CPP_MIN_LOG_LEVEL` is 3 unless the environment says more."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow
 

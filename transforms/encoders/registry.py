@@ -46,17 +46,12 @@ def check_encoder(spec: EncoderSpec) -> None:
     """
     if spec.name not in _FAMILIES:
         raise ConfigError(
-            f"encoder.name is {spec.name!r}, which is no encoder. "
-            f"Set one of: {', '.join(_FAMILIES)}."
+            f"encoder.name is {spec.name!r}, which is no encoder. Set one of: {', '.join(_FAMILIES)}."
         )
     if spec.pooling not in POOLINGS:
-        raise ConfigError(
-            f"encoder.pooling is {spec.pooling!r}. Set one of: {', '.join(POOLINGS)}."
-        )
+        raise ConfigError(f"encoder.pooling is {spec.pooling!r}. Set one of: {', '.join(POOLINGS)}.")
     if not 0 <= spec.seed < 2**32:
-        raise ConfigError(
-            f"encoder.seed is {spec.seed}. Set a whole number from 0 to {2**32 - 1}."
-        )
+        raise ConfigError(f"encoder.seed is {spec.seed}. Set a whole number from 0 to {2**32 - 1}.")
     _FAMILIES[spec.name].check(spec)
 
 

@@ -107,9 +107,7 @@ class ImageSource(BaseModel, abc.ABC):
 
     def _explain_nothing(self, path: str) -> None:
         folder = fixed_folder(path)
-        if not _GLOB_CHARACTERS & set(path) or not (
-            storage.is_remote(folder) or os.path.isdir(folder)
-        ):
+        if not _GLOB_CHARACTERS & set(path) or not (storage.is_remote(folder) or os.path.isdir(folder)):
             missing = path if not _GLOB_CHARACTERS & set(path) else folder
             raise ConfigError(
                 f"images.sources ({self.label}).paths: {missing} does not exist, wanted image "

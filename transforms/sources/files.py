@@ -29,9 +29,7 @@ class FilesSource(ImageSource):
         shards = []
         for start in range(0, len(names), self.files_per_shard):
             stop = min(start + self.files_per_shard, len(names))
-            content = storage.encode_json(
-                list(zip(names[start:stop], tokens[start:stop], strict=True))
-            )
+            content = storage.encode_json(list(zip(names[start:stop], tokens[start:stop], strict=True)))
             token = "sha256:" + hashlib.sha256(content).hexdigest()
             name = f"{self.label}#{start // self.files_per_shard:05d}"
             shards.append(ImageShard(number, name, token, listing, start, stop))

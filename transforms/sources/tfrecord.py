@@ -53,9 +53,7 @@ class TFRecordSource(ImageSource):
     def list_shards(self, number: int, scratch: str) -> list[ImageShard]:
         """Lists one shard a file."""
         return [
-            ImageShard(
-                number, f"{self.label}/{self.relative(path)}", storage.content_token(path), path
-            )
+            ImageShard(number, f"{self.label}/{self.relative(path)}", storage.content_token(path), path)
             for path in self.find_files()
         ]
 
@@ -124,9 +122,11 @@ class TFRecordSource(ImageSource):
                 name: _value(features, self.features.metadata.get(name, name), kind)
                 for name, kind in metadata.items()
             }
-            images = features[self.features.image].bytes_list.value if (
-                self.features.image in features
-            ) else ()
+            images = (
+                features[self.features.image].bytes_list.value
+                if (self.features.image in features)
+                else ()
+            )
             if not images:
                 raise ImageError(
                     "missing_image",
@@ -158,9 +158,7 @@ def _frames(file: BinaryIO) -> Iterator[bytes | ImageError | str]:
         if struct.unpack("<I", body[length:])[0] == _masked_crc(payload):
             yield payload
         else:
-            yield ImageError(
-                "corrupt_record", "The content of the record does not match its checksum."
-            )
+            yield ImageError("corrupt_record", "The content of the record does not match its checksum.")
 
 
 def _valid_header(head: bytes) -> bool:
@@ -170,7 +168,7 @@ def _valid_header(head: bytes) -> bool:
 
 
 def _masked_crc(data: bytes) -> int:
-    crc = google_crc32c.value(data)
+    crc = int(google_crc32c.value(data))
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
@@ -197,9 +195,7 @@ def _value(features: Any, name: str, kind: str) -> Any:
     if name not in features:
         return None
     feature = features[name]
-    values = (
-        feature.bytes_list.value or feature.int64_list.value or feature.float_list.value or [None]
-    )
+    values = feature.bytes_list.value or feature.int64_list.value or feature.float_list.value or [None]
     return convert(values[0], name, kind)
 
 
