@@ -57,6 +57,10 @@ class GalleryGroup:
     kinds: Mapping[str, Sequence[Example]]
 
 
+# How the group of images without a value is named, and the only one where there are no groups.
+UNGROUPED = "Without a group"
+
+
 def arrange_gallery(
     examples: Iterable[Mapping[str, Any]], thumbnails: Mapping[str, str]
 ) -> list[GalleryGroup]:
@@ -70,7 +74,7 @@ def arrange_gallery(
         group, kind = example.get("group"), str(example.get("kind"))
         if kind not in KINDS:
             raise ValueError(f"The kind of an example is {kind!r}; wanted one of {list(KINDS)}.")
-        kinds = by_group.setdefault("All images" if group is None else str(group), {})
+        kinds = by_group.setdefault(UNGROUPED if group is None else str(group), {})
         kinds.setdefault(kind, []).append(
             Example(
                 query=_picture(example["query"], thumbnails),

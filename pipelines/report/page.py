@@ -21,7 +21,7 @@ from PIL import Image
 
 from index_builder.errors import ImageError
 from pipelines.report import figures
-from pipelines.report.gallery import KINDS, arrange_gallery, is_picture
+from pipelines.report.gallery import KINDS, UNGROUPED, arrange_gallery, is_picture
 from transforms.decoding import decode_image
 
 MAX_FAILURES_SHOWN = 200
@@ -101,7 +101,7 @@ def render_page(
     is left out, and an image without a thumbnail is shown as a placeholder with its id.
     """
     truth = _section(evaluation, "truth") or _section(run, "truth")
-    recall = _section(evaluation, "recall") or _section(run, "recall")
+    recall = _section(run, "recall") or _section(evaluation, "recall")
     gallery = arrange_gallery(evaluation.get("examples") or (), thumbnails)
     images = _images(run)
     failure_groups = _failure_groups(failures, images["failed_by_reason"])
@@ -121,6 +121,7 @@ def render_page(
     )
     template = environment.from_string(folder.joinpath("template.html.j2").read_text("utf-8"))
     return template.render(
+        ungrouped=UNGROUPED,
         css=Markup(folder.joinpath("style.css").read_text("utf-8")),
         run_id=str(run.get("run_id", "")),
         version=str(run.get("kith_version", "")),

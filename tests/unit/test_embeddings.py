@@ -84,13 +84,13 @@ def test_vectors_of_another_dim_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_matrix_of_slices_and_chunks() -> None:
     matrix = np.arange(24, dtype=np.int32).reshape(8, 3)
-    column = pa.chunked_array([embeddings.vector_array(matrix)])
+    column = pa.chunked_array([embeddings.list_array(matrix)])
     np.testing.assert_array_equal(embeddings.list_matrix(column.slice(2, 5)), matrix[2:7])
     halves = pa.chunked_array([column.chunk(0).slice(6), column.chunk(0).slice(0, 2)])
     np.testing.assert_array_equal(embeddings.list_matrix(halves), matrix[[6, 7, 0, 1]])
     assert embeddings.list_matrix(pa.chunked_array([], column.type)).shape == (0, 3)
     transposed = np.arange(6, dtype=np.float16).reshape(2, 3).T
-    copied = embeddings.list_matrix(pa.chunked_array([embeddings.vector_array(transposed)]))
+    copied = embeddings.list_matrix(pa.chunked_array([embeddings.list_array(transposed)]))
     np.testing.assert_array_equal(copied, transposed)
 
 

@@ -288,7 +288,7 @@ def test_without_truth_nothing_speaks_of_right_answers() -> None:
     assert "hit rate" not in page.text.lower()
     assert "right answer" not in page.text
     assert not page.having(class_="right")
-    assert "All images" in page.text
+    assert "Without a group" in page.text
     assert not page.having(name="group")
 
 

@@ -14,19 +14,22 @@ from index_builder.spec import (
 )
 
 
-@pytest.mark.parametrize("rows", [1, 2, 38, 39, 77, 78, 1_890, 10_000, 2_000_000, 10_000_000_000])
+@pytest.mark.parametrize(
+    "rows", [1, 2, 38, 39, 77, 78, 1_890, 10_000, 20_000, 20_001, 2_000_000, 10_000_000_000]
+)
 def test_automatic_choices_fit(rows: int) -> None:
     spec = IndexSpec().resolve(rows, 1280)
     assert 1 <= spec.nprobe <= spec.nlist <= spec.sample <= rows
     assert spec.sample == min(rows, 500_000)
     assert spec.nlist == 1 or spec.sample // spec.nlist >= MIN_POINTS_PER_CENTROID
     assert 1 <= spec.shards <= rows
-    assert (spec.nprobe == spec.nlist) == (spec.nlist <= 16)
+    # Small catalogues are searched exactly.
+    assert (spec.nprobe == spec.nlist) == (rows <= 20_000)
 
 
 def test_automatic_choices_at_known_sizes() -> None:
     small = IndexSpec().resolve(1_890, 1280)
-    assert (small.nlist, small.nprobe, small.shards) == (48, 28, 1)
+    assert (small.nlist, small.nprobe, small.shards) == (48, 48, 1)
     large = IndexSpec().resolve(1_000_000, 256)
     assert (large.nlist, large.nprobe, large.shards) == (4000, 253, 2)
 

@@ -1,0 +1,101 @@
+"""The coarse quantizer: repeatable, seeded, without duplicates, similar lists side by side."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index_builder.assignment import nearest_lists
+from index_builder.spec import IndexSpec, TransformSpec
+from index_builder.training import TrainedIndex, load_trained, save_trained, train_index
+from index_builder.vectors import squared_norms, unit_float16
+from tests.index_fixtures import clustered_catalogue
+
+
+def train(vectors: np.ndarray, request: IndexSpec) -> TrainedIndex:
+    unit, _ = unit_float16(vectors)
+    return train_index(request.resolve(*unit.shape), unit)
+
+
+CLUSTERED = clustered_catalogue(1500, 32, centres=16).vectors
+PCA = TransformSpec("pca", 24)
+
+
+@pytest.mark.parametrize("transform", [TransformSpec(), PCA])
+def test_the_same_seed_gives_the_same_index(transform: TransformSpec, tmp_path: Path) -> None:
+    files = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        trained = train(CLUSTERED, IndexSpec(transform=transform, nlist=30, seed=seed))
+        save_trained(str(tmp_path / name), trained)
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    for transform in (TransformSpec(), PCA):
+        trained = train(CLUSTERED, IndexSpec(transform=transform, nlist=20))
+        save_trained(str(tmp_path / "trained.npz"), trained)
+        loaded = load_trained(str(tmp_path / "trained.npz"))
+        np.testing.assert_array_equal(loaded.centroids, trained.centroids)
+        unit, _ = unit_float16(CLUSTERED)
+        before, after = trained.transform.apply(unit), loaded.transform.apply(unit)
+        assert after.tobytes() == before.tobytes()
+    with pytest.raises(FileNotFoundError):
+        load_trained(str(tmp_path / "missing.npz"))
+
+
+def test_centroids_are_unit_vectors_of_the_transformed_space() -> None:
+    trained = train(CLUSTERED, IndexSpec(transform=PCA, nlist=30))
+    assert (trained.nlist, trained.dim) == trained.centroids.shape == (30, 24)
+    assert trained.centroids.dtype == np.float16
+    assert np.abs(np.sqrt(squared_norms(trained.centroids)) - 1).max() < 1e-5
+
+
+def test_training_finds_the_clusters() -> None:
+    trained = train(CLUSTERED, IndexSpec(nlist=16))
+    unit, _ = unit_float16(CLUSTERED)
+    best = (unit.astype(np.float64) @ trained.centroids.astype(np.float64).T).max(axis=1)
+    rng = np.random.default_rng(0)
+    arbitrary = unit[rng.choice(len(unit), 16, replace=False)].astype(np.float64)
+    assert best.mean() > (unit.astype(np.float64) @ arbitrary.T).max(axis=1).mean() + 0.02
+
+
+def test_neighbouring_lists_are_similar() -> None:
+    trained = train(CLUSTERED, IndexSpec(nlist=64))
+    wide = trained.centroids.astype(np.float64)
+    following = (wide[:-1] * wide[1:]).sum(axis=1).mean()
+    shuffled = wide[np.random.default_rng(0).permutation(64)]
+    assert following > (shuffled[:-1] * shuffled[1:]).sum(axis=1).mean() + 0.1
+
+
+def test_duplicate_centroids_are_dropped() -> None:
+    vectors = CLUSTERED.copy()
+    vectors[100:] = vectors[0]
+    trained = train(vectors, IndexSpec(nlist=150))
+    assert len(np.unique(trained.centroids, axis=0)) == trained.nlist < 150
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("transform", [TransformSpec(), PCA])
+def test_as_many_lists_as_rows(rows: int, transform: TransformSpec) -> None:
+    trained = train(CLUSTERED[:rows], IndexSpec(transform=transform, nlist=rows))
+    assert 1 <= trained.nlist <= rows
+    assert np.isfinite(trained.centroids).all()
+
+
+def test_vectors_that_cancel_out_still_get_a_list() -> None:
+    # The mean of two opposite vectors has no direction.
+    trained = train(np.asarray([[1.0, 0.0], [-1.0, 0.0]]), IndexSpec(nlist=1))
+    assert trained.nlist == 1
+    assert squared_norms(trained.centroids).tolist() == [1.0]
+
+
+def test_every_row_of_the_sample_falls_into_its_nearest_list() -> None:
+    trained = train(CLUSTERED, IndexSpec(nlist=30))
+    unit, _ = unit_float16(CLUSTERED)
+    affinity = unit.astype(np.float64) @ trained.centroids.astype(np.float64).T
+    nearest = nearest_lists(unit, trained.centroids, 1)[:, 0]
+    chosen = affinity[np.arange(len(unit)), nearest]
+    np.testing.assert_allclose(chosen, affinity.max(axis=1), atol=1e-7)
+    assert np.bincount(nearest, minlength=30).min() > 0
