@@ -40,7 +40,12 @@ ORIGIN_FIELDS = (
     pa.field("height", pa.int32(), nullable=False),
     pa.field("format", pa.string(), nullable=False),
 )
-RESERVED_COLUMNS = frozenset([field.name for field in (*IDENTITY_FIELDS, *ORIGIN_FIELDS)] + ["vector"])
+# The index adds columns of its own, and `query_id`, `neighbor_ids` and `neighbor_rows` of a join would
+# meet those that carry a column named `id`, `ids` or `rows`.
+_INDEX_COLUMNS = ("list", "code", "probes", "squared_norm", "id", "ids", "rows")
+RESERVED_COLUMNS = frozenset(
+    ["vector", *(field.name for field in (*IDENTITY_FIELDS, *ORIGIN_FIELDS)), *_INDEX_COLUMNS]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +85,8 @@ def list_array(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
 
 def list_matrix(column: pa.ChunkedArray) -> NDArray[Any]:
     """Returns a fixed-size-list column as an array [n, length] of its value type."""
-    length = column.type.list_size
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    if not chunks:
-        return np.empty((0, length), dtype=column.type.value_type.to_pandas_dtype())
-    matrix: NDArray[Any] = np.concatenate(chunks).reshape(-1, length)
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    matrix: NDArray[Any] = flat.reshape(-1, column.type.list_size)
     return matrix
 
 

@@ -10,6 +10,7 @@ from index_builder import embeddings, manifests
 from index_builder.embeddings import EmbeddingSchema
 from index_builder.errors import DatasetError
 from index_builder.manifests import Manifest, Part
+from index_builder.neighbors import NeighborsSchema
 from index_builder.vectors import unit_float16
 from tests.index_fixtures import Catalogue, gaussian_catalogue, write_embeddings
 
@@ -73,7 +74,18 @@ def test_schema_lists_every_column_with_its_type() -> None:
     described = embeddings.describe_schema(schema)
     assert described[2] == {"name": "vector", "type": "fixed_size_list<item: halffloat>[3]"}
     names = {field["name"] for field in described}
-    assert names == embeddings.RESERVED_COLUMNS | {"price", "sold"}
+    assert {"price", "sold"} < names
+    assert names - {"price", "sold"} < embeddings.RESERVED_COLUMNS
+
+
+def test_no_metadata_column_can_meet_a_column_of_the_index_or_the_join() -> None:
+    carried = NeighborsSchema((("brand", pa.string()),)).arrow().names
+    fixed = set(carried) - {"query_brand", "neighbor_brand"}
+    for prefix in ("query_", "neighbor_"):
+        taken = {name.removeprefix(prefix) for name in fixed if name.startswith(prefix)}
+        assert taken
+        assert taken <= embeddings.RESERVED_COLUMNS
+    assert {"list", "code", "probes", "squared_norm"} <= embeddings.RESERVED_COLUMNS
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (6,)])

@@ -1,0 +1,68 @@
+"""Searching for new vectors gives the scores and the order of the join."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index_builder.errors import DatasetError
+from index_builder.join import JoinSpec
+from index_builder.search import describe_neighbors, search_vectors
+from index_builder.shards import IndexDataset
+from index_builder.spec import IndexSpec, TransformSpec
+from index_builder.vectors import unit_float16
+from tests.index_fixtures import build_index, found_neighbors, gaussian_catalogue, join_all
+
+CATALOGUE = gaussian_catalogue(400, 40, duplicates=0.05)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> IndexDataset:
+    spec = IndexSpec(transform=TransformSpec("pca", 24), nlist=12, nprobe=4, shards=3)
+    return build_index(tmp_path_factory.mktemp("index"), CATALOGUE, spec)
+
+
+def test_an_indexed_vector_finds_its_own_row_first(index: IndexDataset) -> None:
+    unit, _ = unit_float16(CATALOGUE.vectors)
+    top = search_vectors(index, unit, k=5)
+    assert (top.scores[:, 0] == 1.0).all()
+    results = describe_neighbors(index, top, ("brand",))
+    copies = {CATALOGUE.image_ids[row] for row in (0, *range(200, 220))}
+    for row, found in enumerate(results):
+        image_id = CATALOGUE.image_ids[row]
+        # Copies tie with each other and come by id.
+        wanted = min(copies, key=str.encode) if image_id in copies else image_id
+        assert found[0]["image_id"] == wanted
+        assert found[0]["score"] == 1.0
+        assert [neighbor["rank"] for neighbor in found] == [1, 2, 3, 4, 5]
+    own = results[1][0]
+    assert CATALOGUE.brands is not None
+    assert own["brand"] == CATALOGUE.brands[1]
+
+
+@pytest.mark.parametrize("nprobe", [None, 1, 12])
+def test_search_and_join_agree(index: IndexDataset, nprobe: int | None, tmp_path: Path) -> None:
+    probed = nprobe or index.nprobe
+    spec = IndexSpec(transform=TransformSpec("pca", 24), nlist=12, nprobe=probed, shards=2)
+    joined = found_neighbors(join_all(build_index(tmp_path, CATALOGUE, spec), JoinSpec(6)))
+    unit, _ = unit_float16(CATALOGUE.vectors)
+    results = describe_neighbors(index, search_vectors(index, unit, 7, nprobe), ())
+    for row in range(400):
+        image_id = CATALOGUE.image_ids[row]
+        others = [found for found in results[row] if found["image_id"] != image_id][:6]
+        ids, scores = joined[image_id]
+        assert [found["image_id"] for found in others] == ids[: len(others)]
+        assert [found["score"] for found in others] == scores[: len(others)]
+
+
+def test_more_asked_for_than_there_is(index: IndexDataset) -> None:
+    unit, _ = unit_float16(CATALOGUE.vectors[:2])
+    top = search_vectors(index, unit, 1000, nprobe=12)
+    assert top.counts.tolist() == [400, 400]
+    assert [len(found) for found in describe_neighbors(index, top, ())] == [400, 400]
+
+
+def test_a_vector_without_a_direction_is_refused(index: IndexDataset) -> None:
+    broken = np.full((1, 40), np.nan, dtype=np.float16)
+    with pytest.raises(DatasetError, match="1 vectors have no direction"):
+        search_vectors(index, broken, 3)
