@@ -7,7 +7,7 @@ field descriptions are the configuration reference (`docs/configuration.md` is m
 import difflib
 import os
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -32,6 +32,8 @@ EIGEN_POWER = {"none": 0.0, "half": -0.25, "full": -0.5}
 
 # Columns of the index that a join or an export may name beside the configured metadata.
 INDEX_COLUMNS = frozenset({"image_id", "item_id", "source_shard", "row"})
+
+_FORMATS = frozenset({"tfrecord", "files"})
 
 
 def _auto(value: Any) -> Any:
@@ -188,7 +190,9 @@ class Export(Section):
     )
     columns: tuple[str, ...] = Field((), description="Metadata of the neighbours to write along.")
     min_score: float | None = Field(
-        None, description="Neighbours with a lower score are left out; the query keeps its row."
+        None,
+        allow_inf_nan=False,
+        description="Neighbours with a lower score are left out; the query keeps its row.",
     )
 
 
@@ -317,7 +321,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(values, context={"base": base})
     except ValidationError as error:
-        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        problems = "\n".join(f"  {_explain(problem)}" for problem in _causes(error.errors()))
         raise ConfigError(f"The configuration {path} is wrong:\n{problems}") from error
     config = _resolve_weights(config, base, overrides)
     check_config(config)
@@ -375,21 +379,37 @@ def _mark_typed(value: Any) -> Any:
     return value
 
 
+def _causes(problems: Sequence[Any]) -> list[Any]:
+    """Leaves out what pydantic says of a list only because an item of it is wrong."""
+    places = [problem["loc"] for problem in problems]
+    return [
+        problem
+        for problem in problems
+        if not any(len(place) > len(problem["loc"]) and place[: len(problem["loc"])] == problem["loc"]
+                   for place in places)
+    ]  # fmt: skip
+
+
+def _is_tag(loc: Sequence[Any], place: int) -> bool:
+    """Tells whether a part of a location is a source's format, which pydantic puts after its number."""
+    return place > 0 and loc[place] in _FORMATS and isinstance(loc[place - 1], int)
+
+
 def _explain(problem: Any) -> str:
     """Says of one validation problem: full key path, got, wanted, what to do."""
-    tags = {"tfrecord", "files"}
-    path = [part for part in problem["loc"] if part not in tags]
+    loc = problem["loc"]
+    path = [part for place, part in enumerate(loc) if not _is_tag(loc, place)]
     where = ".".join(str(part) for part in path)
     got = problem["input"]
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
+        known = _known_keys(loc[:-1])
         close = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         return f"{where}: unknown key. {hint}Known keys here: {', '.join(sorted(known))}."
     if problem["type"] == "missing":
         return f"{where}: missing. It has no default: set it."
     if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{where}.format: got {_shown(got, 'format')}, wanted one of {sorted(tags)}. Set it."
+        return f"{where}.format: got {_shown(got, 'format')}, wanted one of {sorted(_FORMATS)}. Set it."
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: got {got!r}, wanted: {message}. Correct the value (docs/configuration.md)."
 
@@ -399,10 +419,13 @@ def _shown(got: Any, key: str) -> str:
 
 
 def _known_keys(path: Sequence[Any]) -> list[str]:
-    """Returns the keys that the section at a path may have."""
+    """Returns the keys that the section at a location may have."""
     models: list[Any] = [Config]
-    for part in path:
+    for place, part in enumerate(path):
         if isinstance(part, int):
+            continue
+        if _is_tag(path, place):
+            models = [m for m in models if part in get_args(m.model_fields["format"].annotation)]
             continue
         models = [
             found

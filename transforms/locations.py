@@ -20,7 +20,7 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or storage.is_remote(value):
         return value
     if not value:
-        raise ValueError("an empty path")
+        raise ValueError("a path that is not empty")
     typed = isinstance(value, CommandLineText)
     base = os.getcwd() if typed or not info.context else info.context["base"]
     return storage.join(os.path.abspath(base), os.path.expanduser(value))

@@ -58,9 +58,7 @@ RULES = [JoinRules(), JoinRules(same=("brand",)), JoinRules(different=("brand", 
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_an_exact_join_has_recall_one(
-    exact: IndexDataset, rules: JoinRules, tmp_path: Path
-) -> None:
+def test_an_exact_join_has_recall_one(exact: IndexDataset, rules: JoinRules, tmp_path: Path) -> None:
     recall = measure(exact, tmp_path / "n", JoinSpec(10, rules))
     assert recall.estimate == 1.0
     assert 0.97 < recall.lower_bound < 1.0
@@ -78,7 +76,9 @@ def test_a_partial_join_is_measured_against_brute_force(
     exact = brute_force(partial, CATALOGUE, rules).neighbors(10)
     probed = brute_force(partial, CATALOGUE, rules, nprobe=2).neighbors(10)
     wanted = [
-        len(set(exact[query][0]) & set(probed[query][0])) / len(exact[query][0]) if exact[query][0] else 1
+        len(set(exact[query][0]) & set(probed[query][0])) / len(exact[query][0])
+        if exact[query][0]
+        else 1
         for query in exact
     ]
     assert recall.estimate == pytest.approx(np.mean(wanted), abs=1e-12)
@@ -126,27 +126,21 @@ def test_another_neighbor_of_the_same_score_is_right(tmp_path: Path) -> None:
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(120, 8))
     catalogue = Catalogue(signs, scattered_ids(120))
     index = build_index(tmp_path, catalogue, IndexSpec(nlist=4, nprobe=4, shards=2))
-    oracle = brute_force(index, catalogue)
-    backwards = {}
-    for query in catalogue.image_ids:
-        longer_ids, longer_scores = oracle.neighbors(119)[query]
-        tied = [i for i, s in enumerate(longer_scores) if s == longer_scores[9]]
-        backwards[query] = longer_ids[tied[-1]]
-        break
     query = catalogue.image_ids[0]
+    ids, scores = brute_force(index, catalogue).neighbors(119)[query]
+    last_tied = [image_id for image_id, score in zip(ids, scores, strict=True) if score == scores[9]][
+        -1
+    ]
 
     def swap(table: pa.Table) -> pa.Table:
-        ids = [
-            [*found[:9], backwards[name]] if name in backwards else found
-            for name, found in zip(
-                table["query_id"].to_pylist(), table["neighbor_ids"].to_pylist(), strict=True
-            )
-        ]
-        position = table.schema.get_field_index("neighbor_ids")
-        return table.set_column(position, table.schema.field(position), pa.array(ids, table[position].type))
+        rows = zip(table["query_id"].to_pylist(), table["neighbor_ids"].to_pylist(), strict=True)
+        swapped = [[*found[:9], last_tied] if name == query else found for name, found in rows]
+        place = table.schema.get_field_index("neighbor_ids")
+        column = pa.array(swapped, table["neighbor_ids"].type)
+        return table.set_column(place, table.schema.field(place), column)
 
     tables = [join_shard(index, number, JoinSpec(10)) for number in range(2)]
-    assert found_neighbors(pa.concat_tables(tables))[query][0][9] != backwards[query]
+    assert found_neighbors(pa.concat_tables(tables))[query][0][9] != last_tied
     recall = measure(index, tmp_path / "n", JoinSpec(10), sample=120, damage=swap)
     assert recall.estimate == 1.0
 
@@ -165,9 +159,7 @@ def test_a_query_without_eligible_neighbors_counts_as_right(tmp_path: Path) -> N
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(0, 1, width=16), min_size=1, max_size=60), st.integers(0, 10**6)
-)
+@given(st.lists(st.floats(0, 1, width=16), min_size=1, max_size=60), st.integers(0, 10**6))
 def test_bound_lies_between_zero_and_the_mean(values: list[float], more: int) -> None:
     sample = np.asarray(values)
     bound = lower_bound(sample, len(sample) + more)
@@ -204,7 +196,7 @@ def test_bound_does_not_trust_the_order_of_the_sample() -> None:
 
 @pytest.mark.parametrize(
     ("mean", "n", "population"),
-    [(0.99, 1000, 10**9), (0.999, 1000, 10**9), (0.5, 100, 10**9), (0.99, 500, 1000)],
+    [(0.99, 1000, 10**9), (0.5, 100, 10**9), (0.99, 300, 1000)],
 )
 def test_coverage(mean: float, n: int, population: int) -> None:
     """The bound is below the truth in 95 % of runs, also where few queries fail."""

@@ -34,9 +34,7 @@ def finished(found: list[list[tuple[int, float]]], k: int) -> TopK:
 @pytest.mark.parametrize(("all_probed", "short"), [(True, "exhausted"), (False, "capped")])
 def test_rows_carry_ids_scores_status_and_columns(all_probed: bool, short: str) -> None:
     top = finished([[(7, 0.5), (4, 0.25)], [], [(0, 1.0)]], k=2)
-    table = neighbors_table(
-        SCHEMA, CORPUS.slice(3, 3), 3, top, lookup, all_lists_probed=all_probed
-    )
+    table = neighbors_table(SCHEMA, CORPUS.slice(3, 3), 3, top, lookup, all_lists_probed=all_probed)
     assert table.schema.equals(SCHEMA.arrow())
     assert table.to_pylist() == [
         {

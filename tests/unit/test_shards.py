@@ -28,17 +28,13 @@ TIE = 2e-6
 
 @pytest.fixture(scope="module", params=["none", "pca"])
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> IndexDataset:
-    spec = IndexSpec(
-        transform=TransformSpec(request.param, 64), nlist=24, nprobe=5, shards=4, seed=1
-    )
+    spec = IndexSpec(transform=TransformSpec(request.param, 64), nlist=24, nprobe=5, shards=4, seed=1)
     return build_index(tmp_path_factory.mktemp("index"), CATALOGUE, spec)
 
 
 def faiss_shards(index: IndexDataset) -> list[faiss.IndexIVF]:
     """The index's files, opened with nothing but FAISS."""
-    return [
-        faiss.read_index(f"{index.folder}/{part.file('.faiss').path}") for part in index.parts
-    ]
+    return [faiss.read_index(f"{index.folder}/{part.file('.faiss').path}") for part in index.parts]
 
 
 def indexed_codes(index: IndexDataset) -> tuple[np.ndarray, list[str]]:
@@ -98,6 +94,8 @@ def test_codes_are_what_the_index_was_given(index: IndexDataset) -> None:
         assert part.ntotal == stop - start
         for list_number in range(part.nlist):
             size = part.invlists.list_size(list_number)
+            if size == 0:
+                continue
             rows = faiss.rev_swig_ptr(part.invlists.get_ids(list_number), size)
             raw = faiss.rev_swig_ptr(part.invlists.get_codes(list_number), size * part.code_size)
             stored = raw.view(np.float16).reshape(size, part.d)
@@ -188,9 +186,7 @@ def test_parts_without_rows(tmp_path: Path) -> None:
 
 def test_the_longest_id_is_known(tmp_path: Path) -> None:
     names = ["a", "ü" * 40, "b" * 11]
-    index = build_index(
-        tmp_path, Catalogue(np.eye(3), names), IndexSpec(nlist=1, nprobe=1, shards=3)
-    )
+    index = build_index(tmp_path, Catalogue(np.eye(3), names), IndexSpec(nlist=1, nprobe=1, shards=3))
     assert index.id_bytes == 80
     assert sorted(int(part.properties["max_id_bytes"]) for part in index.parts) == [1, 11, 80]
 

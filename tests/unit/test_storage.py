@@ -16,6 +16,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def write_half(path: Path, error: BaseException) -> None:
+    """A writer that is stopped by an error."""
+    with storage.atomic_path(str(path)) as temporary:
+        Path(temporary).write_bytes(b"half")
+        raise error
+
+
 def test_a_write_makes_its_folder_and_replaces_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
     storage.write_bytes(str(path), b"one")
@@ -41,9 +48,8 @@ def test_nothing_shows_before_the_block_ends(tmp_path: Path) -> None:
 def test_a_block_that_raises_leaves_nothing_behind(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(type(error)), storage.atomic_path(str(path)) as temporary:
-        Path(temporary).write_bytes(b"half")
-        raise error
+    with pytest.raises(type(error)):
+        write_half(path, error)
     assert names(tmp_path) == ["file"]
     assert path.read_bytes() == b"old"
 
@@ -63,8 +69,7 @@ def test_no_space_left_has_a_clear_message(tmp_path: Path, error: Exception) -> 
         "Free some space or set workspace to a larger disk, then run again"
     )
     with pytest.raises(KithError, match=re.escape(message)) as raised:
-        with storage.atomic_path(str(path)):
-            raise error
+        write_half(path, error)
     assert raised.value.exit_status == 1
     assert raised.value.__cause__ is error
     assert names(tmp_path) == []
@@ -72,9 +77,12 @@ def test_no_space_left_has_a_clear_message(tmp_path: Path, error: Exception) -> 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_a_device_that_is_really_full(tmp_path: Path) -> None:
-    with pytest.raises(KithError, match="No space left on the device while writing"):
+    def fill() -> None:
         with storage.atomic_path(str(tmp_path / "file")), open("/dev/full", "wb") as full:
             full.write(b"x" * 100_000)
+
+    with pytest.raises(KithError, match="No space left on the device while writing"):
+        fill()
     assert names(tmp_path) == []
 
 

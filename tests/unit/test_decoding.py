@@ -1,0 +1,146 @@
+"""Decoding: every format and odd pixel type by its rule, and bad bytes as failures."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from index_builder.errors import ImageError
+from tests.unit import images_for_tests as make
+from transforms.decoding import decode_image, sniff_format
+
+EACH = make.one_of_each()
+
+
+def similar(pixels: np.ndarray, wanted: np.ndarray, most: float) -> bool:
+    difference = np.abs(pixels.astype(int) - wanted.astype(int))
+    return pixels.shape == wanted.shape and float(difference.mean()) <= most
+
+
+@pytest.mark.parametrize("name", sorted(EACH))
+def test_each_format_decodes_to_rgb(name: str) -> None:
+    image = decode_image(EACH[name])
+    assert image.pixels.dtype == np.uint8
+    assert image.pixels.shape == (image.height, image.width, 3)
+    assert image.format == sniff_format(EACH[name])
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_keep_every_pixel(format: str) -> None:
+    pixels = make.picture()
+    options = {"lossless": True} if format == "WEBP" else {}
+    np.testing.assert_array_equal(decode_image(make.encode(pixels, format, **options)).pixels, pixels)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "TIFF", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(format: str, orientation: int) -> None:
+    upright = make.picture()
+    undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+    stored = upright
+    if orientation in undo:
+        method = {
+            2: Image.Transpose.FLIP_LEFT_RIGHT,
+            3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_90,
+            7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270,
+        }[orientation]
+        stored = np.array(Image.fromarray(upright).transpose(method))
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(format, {})
+    image = decode_image(make.oriented(stored, format, orientation, **options))
+    assert (image.height, image.width) == upright.shape[:2]
+    assert similar(image.pixels, upright, 3.0 if format == "JPEG" else 0.0)
+
+
+def test_transparency_is_shown_on_white() -> None:
+    rgba = np.zeros((4, 6, 4), np.uint8)
+    rgba[:, :3] = (200, 0, 0, 255)
+    rgba[:, 3:] = (0, 0, 0, 0)
+    for format, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        pixels = decode_image(make.encode(Image.fromarray(rgba), format, **options)).pixels
+        assert (pixels[:, :3] == (200, 0, 0)).all(), format
+        assert (pixels[:, 3:] == 255).all(), format
+    half = np.full((2, 2, 4), (0, 0, 0, 128), np.uint8)
+    assert (decode_image(make.encode(Image.fromarray(half), "PNG")).pixels == 127).all()
+    grey = Image.merge("LA", [Image.new("L", (3, 3), 10), Image.new("L", (3, 3), 0)])
+    assert (decode_image(make.encode(grey, "PNG")).pixels == 255).all()
+
+
+def test_palette_with_a_transparent_entry() -> None:
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((0, 0), 1)
+    pixels = decode_image(make.encode(image, "PNG", transparency=1)).pixels
+    assert tuple(pixels[0, 0]) == (255, 255, 255)
+    assert tuple(pixels[3, 3]) == (10, 20, 30)
+
+
+def test_sixteen_bit_samples_keep_their_high_byte() -> None:
+    values = np.array([[0, 255, 256, 65535]], np.uint16)
+    pixels = decode_image(make.encode(Image.fromarray(values), "PNG")).pixels
+    np.testing.assert_array_equal(pixels[0, :, 0], [0, 0, 1, 255])
+    colour = np.repeat(values[..., None], 3, axis=2)
+    np.testing.assert_array_equal(
+        decode_image(make.png_16_bit_rgb(colour, None)).pixels[0, :, 2], [0, 0, 1, 255]
+    )
+
+
+def test_cmyk_is_what_pillow_shows() -> None:
+    image = Image.fromarray(make.picture()).convert("CMYK")
+    data = make.encode(image, "JPEG", quality=95)
+    assert similar(decode_image(data).pixels, make.picture(), 6.0)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_first_frame_of_an_animation(format: str) -> None:
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = make.encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_array_equal(decode_image(data).pixels, np.full((10, 20, 3), (255, 0, 0)))
+
+
+def test_one_pixel() -> None:
+    assert decode_image(make.encode(np.full((1, 1, 3), 7, np.uint8), "PNG")).pixels.shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello, I am no image", "unsupported_format"),
+        (make.encode(make.picture(), "JPEG")[:400], "truncated"),
+        (make.png_header_only(100_000, 100_000), "too_large"),
+    ],
+)
+def test_bad_bytes_have_a_stable_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data)
+    assert caught.value.reason == reason
+    assert caught.value.message
+
+
+@pytest.mark.parametrize("name", sorted(EACH))
+def test_too_many_pixels_are_refused_before_decoding(name: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        decode_image(EACH[name], max_pixels=3)
+    assert caught.value.reason == "too_large"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_bytes_raise_nothing_but_image_errors(data: st.DataObject) -> None:
+    content = bytearray(EACH[data.draw(st.sampled_from(sorted(EACH)))])
+    for _ in range(data.draw(st.integers(0, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))]
+    try:
+        image = decode_image(bytes(content), max_pixels=1 << 20)
+    except ImageError as error:
+        assert error.reason in {"empty", "unsupported_format", "truncated", "corrupt", "too_large"}
+    else:
+        assert image.pixels.dtype == np.uint8
+        assert image.pixels.shape == (image.height, image.width, 3)

@@ -1,0 +1,160 @@
+"""Encoders: the same numbers as Keras, verified weights, clear refusals."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from index_builder.errors import ConfigError, KithError
+from tests.unit import images_for_tests as make
+from transforms.encoders import efficientnet_lite0
+from transforms.encoders.keras_runtime import import_keras
+from transforms.encoders.registry import (
+    EncoderSpec,
+    check_encoder,
+    encoder_fingerprint,
+    encoder_names,
+    load_encoder,
+    resolve_input_size,
+)
+from transforms.preprocessing import Preprocessing
+
+SMALL = {"vgg16": (64, 64), "resnet50": (64, 64), "inception_v3": (96, 96)}
+CLASSES = {"vgg16": "VGG16", "resnet50": "ResNet50", "inception_v3": "InceptionV3"}
+
+
+def batch(size: tuple[int, int], count: int = 3) -> np.ndarray:
+    return np.stack([make.picture(*size, seed=i) for i in range(count)])
+
+
+def reference(name: str, images: np.ndarray, pooling: str | None) -> np.ndarray:
+    keras = import_keras()
+    keras.utils.set_random_seed(7)
+    build = getattr(keras.applications, CLASSES[name])
+    model = build(include_top=False, weights=None, input_shape=images.shape[1:], pooling=pooling)
+    module = getattr(keras.applications, name)
+    prepared = module.preprocess_input(images.astype(np.float32))
+    return np.asarray(model.predict(prepared, verbose=0)).reshape(len(images), -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [("vgg16", "avg"), ("vgg16", "flatten"), ("resnet50", "max"), ("inception_v3", "avg")],
+)
+def test_equals_keras(name: str, pooling: str) -> None:
+    size = SMALL[name]
+    spec = EncoderSpec(name, weights="random", pooling=pooling, seed=7, input_size=size)
+    got = load_encoder(spec, batch_size=4).encode(batch(size))
+    wanted = reference(name, batch(size), None if pooling == "flatten" else pooling)
+    np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5 * float(np.abs(wanted).max()))
+
+
+def test_default_sizes_are_the_networks_own() -> None:
+    sizes = {
+        name: resolve_input_size(EncoderSpec(name)) for name in encoder_names() if name != "custom"
+    }
+    assert sizes["efficientnet_lite0"] == sizes["vgg16"] == sizes["resnet50"] == (224, 224)
+    assert sizes["inception_v3"] == (299, 299)
+
+
+def test_lite0_equals_the_keras_model_and_ignores_padding() -> None:
+    encoder = load_encoder(EncoderSpec("efficientnet_lite0"), batch_size=4)
+    images = batch((224, 224), 3)
+    vectors = encoder.encode(images)
+    assert vectors.shape == (3, 1280)
+    assert encoder.dim == 1280
+    network = efficientnet_lite0.FAMILY.load(EncoderSpec("efficientnet_lite0"))
+    tensor = network.normalise(images.astype(np.float32))
+    np.testing.assert_allclose(np.asarray(tensor), (images.astype(np.float32) - 127) / 128)
+    wanted = np.asarray(network.features(tensor)).mean(axis=(1, 2))
+    np.testing.assert_allclose(vectors, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(encoder.encode(images[:1])[0], vectors[0], rtol=1e-5, atol=1e-6)
+
+
+def test_lite0_refuses_changed_weights(tmp_path) -> None:
+    original = efficientnet_lite0.IMAGENET_WEIGHTS
+    copy = tmp_path / original.name
+    shutil.copy(original, copy)
+    efficientnet_lite0.verify_imagenet_weights(copy)
+    with copy.open("r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"damage")
+    with pytest.raises(KithError, match="(?i)sha-?256"):
+        efficientnet_lite0.verify_imagenet_weights(copy)
+
+
+def test_random_weights_repeat_in_another_process() -> None:
+    code = (
+        "import numpy as np, sys\n"
+        "from transforms.encoders.registry import EncoderSpec, load_encoder\n"
+        "spec = EncoderSpec('resnet50', weights='random', seed=3, input_size=(32, 32))\n"
+        "image = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(1, 32, 32, 3) % 251\n"
+        "sys.stdout.write(load_encoder(spec, 1).encode(image.astype(np.uint8)).tobytes().hex())\n"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 2048 * 8
+
+
+@pytest.mark.parametrize("kind", ["keras", "saved_model"])
+def test_a_model_of_the_users_own(tmp_path, kind: str) -> None:
+    keras = import_keras()
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((32, 32, 3))
+    outputs = keras.layers.Conv2D(5, 3)(inputs)
+    model = keras.Model(inputs, outputs)
+    path = tmp_path / ("model.keras" if kind == "keras" else "model")
+    if kind == "keras":
+        model.save(path)
+    else:
+        model.export(path, verbose=False)
+    spec = EncoderSpec("custom", weights=str(path), pooling="avg", preprocessing="tf")
+    assert resolve_input_size(spec) == (32, 32)
+    images = batch((32, 32))
+    got = load_encoder(spec, 4).encode(images)
+    wanted = np.asarray(model(images.astype(np.float32) / 127.5 - 1)).mean(axis=(1, 2))
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (EncoderSpec("vgg17"), "encoder.name"),
+        (EncoderSpec("vgg16", pooling="sum"), "encoder.pooling"),
+        (EncoderSpec("vgg16", weights="/nowhere/vgg.weights.h5"), "encoder.weights"),
+        (EncoderSpec("custom"), "encoder.weights"),
+        (EncoderSpec("vgg16", preprocessing="tf"), "encoder.preprocessing"),
+        (EncoderSpec("inception_v3", input_size=(20, 20)), "encoder.input_size"),
+    ],
+)
+def test_impossible_specs_are_refused_with_the_key(spec: EncoderSpec, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_encoder(spec)
+
+
+def test_missing_imagenet_weights_name_the_remedy(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(KithError, match="encoder.weights"):
+        load_encoder(EncoderSpec("vgg16"), 1)
+
+
+def test_fingerprint_follows_what_decides_the_vectors(tmp_path) -> None:
+    plain = Preprocessing((224, 224))
+    specs = [
+        EncoderSpec("vgg16"),
+        EncoderSpec("vgg16", pooling="max"),
+        EncoderSpec("vgg16", weights="random"),
+        EncoderSpec("vgg16", weights="random", seed=1),
+        EncoderSpec("resnet50"),
+        EncoderSpec("efficientnet_lite0"),
+    ]
+    prints = {str(encoder_fingerprint(spec, plain)) for spec in specs}
+    prints.add(str(encoder_fingerprint(specs[0], Preprocessing((224, 224), "pad"))))
+    assert len(prints) == len(specs) + 1
+    assert encoder_fingerprint(specs[0], plain) == encoder_fingerprint(EncoderSpec("vgg16"), plain)
