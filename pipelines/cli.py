@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with its status."""
     global _beam_options
     arguments = sys.argv[1:] if arguments is None else arguments
+    _beam_options = ()
     if "--" in arguments:
         place = arguments.index("--")
         arguments, _beam_options = arguments[:place], tuple(arguments[place + 1 :])

@@ -6,6 +6,7 @@ field descriptions are the configuration reference (`docs/configuration.md` is m
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -40,7 +41,7 @@ def _auto(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-AutoCount = Annotated[int | None, BeforeValidator(_auto), Field(ge=1)]
+AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)]
 
 
 class Section(BaseModel):
@@ -472,6 +473,11 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"join.rules: {sorted(both)[0]!r} is in `same` and in `different`, so no pair could be "
             "neighbours. Remove it from one of them."
+        )
+    twice = sorted(name for name, number in Counter(config.export.columns).items() if number > 1)
+    if twice:
+        raise ConfigError(
+            f"export.columns: got {twice[0]!r} more than once, wanted each column once. Remove one."
         )
     index = config.index
     if index.nlist is not None and index.nprobe is not None and index.nprobe > index.nlist:

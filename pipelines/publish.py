@@ -30,9 +30,20 @@ def read_pointer(workspace: str) -> dict[str, Any] | None:
 
 
 def published_folder(workspace: str, kind: str) -> str | None:
-    """Returns the folder of a dataset of the published snapshot, or None."""
+    """Returns the folder of a dataset of the published snapshot, or None before the first one.
+
+    Raises KithError where the snapshot has no such dataset.
+    """
     pointer = read_pointer(workspace)
-    return None if pointer is None else storage.join(workspace, pointer["datasets"][kind])
+    if pointer is None:
+        return None
+    datasets = pointer.get("datasets")
+    if not isinstance(datasets, dict) or kind not in datasets:
+        raise KithError(
+            f"{pointer_path(workspace)} names no dataset {kind!r}. Restore it, or delete it and "
+            "publish a new run."
+        )
+    return storage.join(workspace, datasets[kind])
 
 
 def require_published(workspace: str, kind: str) -> str:

@@ -101,6 +101,8 @@ _REMOTE_ERROR = re.compile(
     r"index_builder\.errors\.(\w+): (.*?)(?= \[while running|\n\S+Error|\n\n|\nTraceback|\Z)",
     re.DOTALL,
 )
+# How an OSError looks then, and also with the in-process runner, which cannot rebuild it.
+_SYSTEM_ERROR = re.compile(r"Error: (?P<text>\[Errno (?P<number>\d+)\] .*?)(?= \[while running|\n|\Z)")
 
 
 def _failure(error: Exception) -> Exception:
@@ -117,12 +119,18 @@ def _failure(error: Exception) -> Exception:
         kind = getattr(errors, remote.group(1), KithError)
         if isinstance(kind, type) and issubclass(kind, KithError):
             return kind(remote.group(2).strip())
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    system = _SYSTEM_ERROR.search(str(error))
+    if system is None:
+        return error
+    if int(system["number"]) == errno.ENOSPC:
         return KithError(
-            f"No space left on the device: {text}. Free some space, then run again: finished parts "
-            "are kept."
+            f"No space left on the device: {system['text']}. Free some space, then run again: "
+            "finished parts are kept."
         )
-    return error
+    return KithError(
+        f"A worker was refused a file: {system['text']}. Check the path and its permissions, then run "
+        "again: finished parts are kept."
+    )
 
 
 def describe_pipeline(define: Define) -> Any:

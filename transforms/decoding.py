@@ -62,6 +62,8 @@ _PILLOW_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# The ones of them that a header which ends too early gives.
+_ENDED_EARLY = (EOFError, IndexError, struct.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +163,10 @@ def _exif_orientation(image: Image.Image) -> object:
 
 def _image_error(name: str, error: Exception) -> ImageError:
     text = str(error) or type(error).__name__
+    root = error.__cause__ or error  # Pillow wraps what its header parsers raise.
     if isinstance(error, MemoryError | Image.DecompressionBombError):
         reason = TOO_LARGE
-    elif isinstance(error, EOFError) or "truncated" in text.lower():
+    elif isinstance(root, _ENDED_EARLY) or "truncated" in text.lower():
         reason = TRUNCATED
     else:
         reason = CORRUPT

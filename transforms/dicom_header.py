@@ -10,6 +10,7 @@ import zlib
 from dataclasses import dataclass, field
 
 from index_builder.errors import ImageError
+from transforms.dicom_jpeg import JPEG_SYNTAXES, check_jpeg_streams
 from transforms.pixel_rules import CORRUPT, TRUNCATED
 
 _START = 132
@@ -44,12 +45,16 @@ class DicomHeader:
 
 @dataclass
 class _Walk:
-    """One pass over elements in one encoding; `values` holds the wanted ones of the top level."""
+    """One pass over elements in one encoding.
+
+    `values` holds the wanted elements of the top level, `fragments` its compressed pixels.
+    """
 
     data: bytes
     explicit: bool
     order: str
     values: dict[int, bytes] = field(default_factory=dict)
+    fragments: list[bytes] = field(default_factory=list)
 
     def element(self, offset: int) -> tuple[int, bytes, int, int]:
         """The (tag, value representation, length, offset of the value) of one element."""
@@ -78,6 +83,8 @@ class _Walk:
                 return value
             offset = self.value(tag, kind, length, value, end, depth)
             if depth == 0 and tag in _WANTED:
+                if tag in self.values:  # DCMTK may believe the other one.
+                    raise ImageError(CORRUPT, f"The dicom element {tag:08x} is there twice.")
                 self.values[tag] = self.data[value:offset]
             if tag == stop:
                 return offset
@@ -106,7 +113,9 @@ class _Walk:
                 offset = self.elements(value, end, depth + 1)
                 continue
             _check_fits(self.data, value + length, end)
-            if not fragments:
+            if fragments and depth == 0:
+                self.fragments.append(self.data[value : value + length])
+            elif not fragments:
                 self.elements(value, value + length, depth + 1)
             offset = value + length
         return offset
@@ -149,30 +158,36 @@ def _read(data: bytes, max_bytes: int) -> DicomHeader:
         body, start = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[offset:], max_bytes), 0
     walk = _Walk(body, syntax != _IMPLICIT, ">" if syntax == _BIG_ENDIAN else "<")
     end = _walk_to_pixels(walk, start, syntax)
-    frames = walk.text(_FRAMES)
     return DicomHeader(
         width=walk.number(_COLUMNS),
         height=walk.number(_ROWS),
-        frames=int(frames) if frames.isascii() and frames.isdigit() else 1,
+        frames=_frames(walk),
         bits_stored=walk.number(_STORED),
         end=len(data) if syntax == _DEFLATED else end,
     )
 
 
 def _walk_to_pixels(walk: _Walk, start: int, syntax: str) -> int:
-    """Walks to the end of the pixel data, which must be there and long enough."""
+    """Walks to the end of the pixel data, which must be there and whole."""
     size = len(walk.data)
     end = walk.elements(start, size, 0, stop=_PIXEL_DATA)
     if _ROWS not in walk.values or end > size:
         raise ImageError(CORRUPT, "The dicom image holds no picture.")
-    frames = walk.text(_FRAMES)
-    samples = walk.number(_ROWS) * walk.number(_COLUMNS) * max(walk.number(_SAMPLES), 1)
-    samples *= int(frames) if frames.isascii() and frames.isdigit() else 1
+    width, height, frames = walk.number(_COLUMNS), walk.number(_ROWS), _frames(walk)
+    samples = max(walk.number(_SAMPLES), 1)
+    if syntax in JPEG_SYNTAXES:
+        check_jpeg_streams(walk.fragments[1:], frames, width, height, samples)
     subsampled = "42" in walk.text(_PHOTOMETRIC)
-    expected = samples * walk.number(_ALLOCATED) // 8
+    expected = width * height * frames * samples * walk.number(_ALLOCATED) // 8
     if syntax in _UNCOMPRESSED and not subsampled and expected > end - start:
         raise ImageError(TRUNCATED, f"The dicom image holds fewer than {expected} pixel bytes.")
     return end
+
+
+def _frames(walk: _Walk) -> int:
+    """The number of frames; 1 where it is absent or no number."""
+    text = walk.text(_FRAMES)
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 1
 
 
 def _check_fits(data: bytes, stop: int, end: int) -> None:

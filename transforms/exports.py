@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 
 import apache_beam as beam
@@ -142,10 +143,18 @@ def select_neighbors(block: pa.Table, spec: ExportSpec) -> pa.Table:
 
 
 def _write_jsonl(path: str, table: pa.Table) -> None:
-    """Writes one JSON object a query; numbers are the float32 scores in their shortest decimal."""
+    """Writes one JSON object a query; nine digits tell all float32 scores apart.
+
+    JSON has no number for a NaN or an infinity in a metadata column: such a value becomes null.
+    """
+    doubtful = [field.name for field in table.schema.field("neighbors").type.value_type
+                if pa.types.is_floating(field.type) and field.name != "score"]  # fmt: skip
     with open(path, "w", encoding="utf-8") as file:
         for batch in table.to_batches(max_chunksize=_ROW_GROUP_ROWS):
             for row in batch.to_pylist():
                 for neighbor in row["neighbors"]:
                     neighbor["score"] = float(f"{neighbor['score']:.9g}")
+                    for name in doubtful:
+                        if neighbor[name] is not None and not math.isfinite(neighbor[name]):
+                            neighbor[name] = None
                 file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")

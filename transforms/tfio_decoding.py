@@ -6,6 +6,7 @@ error; both become ImageError.
 
 import functools
 import io
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,12 +162,29 @@ def decode_tiff(data: bytes, max_pixels: int) -> Pixels:
 
 def _read_tiff_tags(data: bytes) -> TiffImagePlugin.ImageFileDirectory_v2:
     """The tags of the first page; errors of Pillow's parser go to the caller."""
-    prefix = data[:16] if _BIG_TIFF in data[2:4] else data[:8]
-    directory = TiffImagePlugin.ImageFileDirectory_v2(prefix)
+    big = _BIG_TIFF in data[2:4]
+    directory = TiffImagePlugin.ImageFileDirectory_v2(data[:16] if big else data[:8])
+    numbers = _tiff_tag_numbers(data, directory.next, big)
+    if numbers.count(_TIFF_WIDTH) > 1 or numbers.count(_TIFF_HEIGHT) > 1:
+        # Pillow believes the last one and libtiff the first, so the size could not be trusted.
+        raise ImageError(CORRUPT, "The tiff image states its size more than once.")
     file = io.BytesIO(data)
     file.seek(directory.next)
     directory.load(file)
     return directory
+
+
+def _tiff_tag_numbers(data: bytes, offset: int, big: bool) -> list[int]:
+    """The tag numbers of the directory at `offset`, in the order of the file."""
+    order = "<" if data.startswith(b"II") else ">"
+    count_code, entry_bytes = ("Q", 20) if big else ("H", 12)
+    (count,) = struct.unpack_from(order + count_code, data, offset)
+    start = offset + struct.calcsize(order + count_code)
+    stop = min(start + count * entry_bytes, len(data) - 1)
+    return [
+        int(struct.unpack_from(order + "H", data, entry)[0])
+        for entry in range(start, stop, entry_bytes)
+    ]
 
 
 def _values(value: Any) -> tuple[Any, ...]:

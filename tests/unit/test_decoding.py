@@ -1,5 +1,7 @@
 """Decoding: every format and odd pixel type by its rule, and bad bytes as failures."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -144,3 +146,44 @@ def test_damaged_bytes_raise_nothing_but_image_errors(data: st.DataObject) -> No
     else:
         assert image.pixels.dtype == np.uint8
         assert image.pixels.shape == (image.height, image.width, 3)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", "gif", "webp", "tiff", "dicom", "bmp"])
+def test_half_an_image_is_truncated(name: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        decode_image(EACH[name][: len(EACH[name]) // 2])
+    assert caught.value.reason == "truncated"
+
+
+def test_tiff_that_states_two_widths_is_refused() -> None:
+    """Pillow believes the last and libtiff the first: the limit of pixels could be passed by."""
+    data = bytearray(EACH["tiff"])
+    entry = int.from_bytes(data[4:8], "little") + 2
+    data[entry + 24 : entry + 26] = data[entry : entry + 2]
+    with pytest.raises(ImageError, match="size more than once"):
+        decode_image(bytes(data))
+
+
+def test_dicom_grey_is_stretched_and_its_first_frame_taken() -> None:
+    first = np.array([[1000, 1500], [2000, 3000]], np.uint16)
+    frames = np.stack([first, np.zeros_like(first)])
+    pixels = decode_image(make.dicom(frames, bits_stored=12)).pixels
+    np.testing.assert_array_equal(pixels[..., 1], [[0, 64], [128, 255]])
+    inverted = decode_image(make.dicom(frames, "MONOCHROME1", bits_stored=12)).pixels
+    np.testing.assert_allclose(inverted[..., 0], 255 - pixels[..., 0].astype(int), atol=1)
+
+
+def test_dicom_of_eight_bits_is_kept() -> None:
+    grey = make.picture()[..., 0]
+    np.testing.assert_array_equal(decode_image(make.dicom(grey[None])).pixels[..., 2], grey)
+    colour = make.picture()
+    np.testing.assert_array_equal(decode_image(make.dicom(colour[None], "RGB")).pixels, colour)
+
+
+def test_threads_decode_the_same_pixels() -> None:
+    wanted = {name: decode_image(data).pixels for name, data in EACH.items()}
+    names = sorted(EACH) * 20
+    with ThreadPoolExecutor(4) as pool:
+        decoded = list(pool.map(lambda name: decode_image(EACH[name]), names))
+    for name, image in zip(names, decoded, strict=True):
+        np.testing.assert_array_equal(image.pixels, wanted[name])

@@ -9,6 +9,7 @@ import pytest
 
 from index_builder.errors import ConfigError, KithError
 from tests.unit import images_for_tests as make
+from transforms.decoding import decode_image
 from transforms.encoders import efficientnet_lite0
 from transforms.encoders.keras_runtime import import_keras
 from transforms.encoders.registry import (
@@ -158,3 +159,44 @@ def test_fingerprint_follows_what_decides_the_vectors(tmp_path) -> None:
     prints.add(str(encoder_fingerprint(specs[0], Preprocessing((224, 224), "pad"))))
     assert len(prints) == len(specs) + 1
     assert encoder_fingerprint(specs[0], plain) == encoder_fingerprint(EncoderSpec("vgg16"), plain)
+
+
+def test_vgg16_flattened_is_the_textbook_example(tmp_path) -> None:
+    """The few lines of every tutorial, from the file to the ranking, against Kith's three steps."""
+    keras = import_keras()
+    for index in range(5):
+        (tmp_path / f"{index}.png").write_bytes(
+            make.encode(make.picture(150 + 30 * index, 260 - 20 * index, seed=index), "PNG")
+        )
+    paths = sorted(tmp_path.iterdir())
+
+    keras.utils.set_random_seed(11)
+    model = keras.applications.VGG16(include_top=False, weights=None, input_shape=(224, 224, 3))
+    wanted = []
+    for path in paths:
+        image = keras.utils.load_img(path, target_size=(224, 224))
+        array = np.expand_dims(keras.utils.img_to_array(image), axis=0)
+        features = model.predict(keras.applications.vgg16.preprocess_input(array), verbose=0)
+        wanted.append(features.flatten())
+
+    spec = EncoderSpec("vgg16", weights="random", pooling="flatten", seed=11)
+    preprocessing = Preprocessing(resolve_input_size(spec), "stretch", "nearest")
+    images = [preprocessing.apply(decode_image(path.read_bytes()).pixels) for path in paths]
+    encoder = load_encoder(spec, batch_size=4)
+    got = np.concatenate([encoder.encode(np.stack(images[:4])), encoder.encode(images[4][None])])
+
+    assert encoder.dim == 25_088
+    scale = float(np.abs(wanted).max())
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6 * scale)
+    np.testing.assert_allclose(cosines(got), cosines(np.array(wanted)), rtol=0, atol=1e-6)
+    assert (ranking(got) == ranking(np.array(wanted))).all()
+
+
+def cosines(vectors: np.ndarray) -> np.ndarray:
+    unit = vectors.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    return unit @ unit.T
+
+
+def ranking(vectors: np.ndarray) -> np.ndarray:
+    return np.argsort(-cosines(vectors), axis=1, kind="stable")

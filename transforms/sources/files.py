@@ -1,8 +1,9 @@
 """Plain image files by path or glob; the image id is the path below the source's folder."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -21,7 +22,7 @@ class FilesSource(ImageSource):
         """Lists the files once, keeps the listing under its own hash, and cuts it into shards."""
         names = [self.relative(path) for path in self.find_files()]
         tokens = [storage.content_token(storage.join(self.base, name)) for name in names]
-        content = storage.encode_json(names)
+        content = _encode(names)
         digest = hashlib.sha256(content).hexdigest()[:16]
         listing = storage.join(scratch, f"{self.label}-{digest}.json")
         if not storage.exists(listing):
@@ -29,7 +30,7 @@ class FilesSource(ImageSource):
         shards = []
         for start in range(0, len(names), self.files_per_shard):
             stop = min(start + self.files_per_shard, len(names))
-            content = storage.encode_json(list(zip(names[start:stop], tokens[start:stop], strict=True)))
+            content = _encode(list(zip(names[start:stop], tokens[start:stop], strict=True)))
             token = "sha256:" + hashlib.sha256(content).hexdigest()
             name = f"{self.label}#{start // self.files_per_shard:05d}"
             shards.append(ImageShard(number, name, token, listing, start, stop))
@@ -41,6 +42,12 @@ class FilesSource(ImageSource):
         nulls = dict.fromkeys(metadata)
         for name in names:
             where = f"{self.label}/{name}"
+            if not _is_text(name):
+                where = where.encode("utf-8", "backslashreplace").decode()
+                text = "The name of the file is not UTF-8, so it cannot be an id. Rename the file."
+                problem = ImageError("unreadable_file", text)
+                yield ImageRecord(None, where, 0, metadata=nulls, error=problem)
+                continue
             try:
                 data = storage.read_bytes(storage.join(self.base, name))
             except OSError as error:
@@ -56,3 +63,16 @@ class FilesSource(ImageSource):
             return {0: storage.read_bytes(path)} if 0 in rows else {}
         except FileNotFoundError:
             return {}
+
+
+def _encode(value: Any) -> bytes:
+    """Returns JSON in ASCII, which also holds names that are not UTF-8."""
+    return json.dumps(value).encode("ascii")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

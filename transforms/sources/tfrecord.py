@@ -215,6 +215,8 @@ def convert(value: Any, name: str, kind: str) -> Any:
             raise ValueError("has a fraction")
         if kind == "bool" and number not in (0, 1):
             raise ValueError("is neither 0 nor 1")
+        if not -(2**63) <= number < 2**63:
+            raise ValueError("does not fit into 64 bits")
         return bool(number) if kind == "bool" else number
     except (ValueError, OverflowError) as error:
         raise ImageError(

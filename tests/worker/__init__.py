@@ -1,0 +1,1 @@
+"""Transforms on the pinned local runner: outputs, failures, counters."""
