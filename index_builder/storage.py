@@ -69,13 +69,10 @@ def glob(pattern: str) -> list[str]:
     Temporary files of unfinished writes are left out.
     """
     fs, name = filesystem(pattern)
-    if is_remote(pattern):
-        fs.invalidate_cache()
-        scheme = pattern.split("://", 1)[0]
-        found = [f"{scheme}://{match}" for match in fs.glob(name)]
-        files = [path for path in found if not path.endswith("/")]
-    else:
-        files = [path for path in fs.glob(name) if os.path.isfile(path)]
+    scheme = pattern.split("://", 1)[0] + "://" if is_remote(pattern) else ""
+    fs.invalidate_cache()
+    found = fs.glob(name, detail=True)
+    files = [scheme + path for path, info in found.items() if info["type"] == "file"]
     return sorted(path for path in files if not _is_temporary(path))
 
 

@@ -43,10 +43,13 @@ def _restore_unit_length(bits: NDArray[np.uint16], values: NDArray[np.float64]) 
     """Moves single numbers of float16 rows (as bit patterns) by one unit in the last place.
 
     Each move is the one that brings the squared length closest to 1; all sums are exact, so the
-    result is the same everywhere. A few moves a row are enough, but for rows of equal numbers, whose
-    roundings all have one sign.
+    result is the same everywhere. No number moves twice, so none is further off than one and a half
+    units. A few moves a row are enough, but for rows of equal numbers, whose roundings all have one
+    sign.
     """
+    unmoved = np.empty(bits.shape[1], dtype=np.bool_)
     for i in range(bits.shape[0]):
+        unmoved[:] = True
         excess = -1.0
         for j in range(bits.shape[1]):
             value = values[bits[i, j] & 0x7FFF]
@@ -58,7 +61,7 @@ def _restore_unit_length(bits: NDArray[np.uint16], values: NDArray[np.float64]) 
             best, best_excess = -1, excess
             for j in range(bits.shape[1]):
                 magnitude = bits[i, j] & 0x7FFF
-                if magnitude > 0:
+                if magnitude > 0 and unmoved[j]:
                     old, new = values[magnitude], values[magnitude + step]
                     moved = excess + new * new - old * old
                     if abs(moved) < abs(best_excess):
@@ -66,6 +69,7 @@ def _restore_unit_length(bits: NDArray[np.uint16], values: NDArray[np.float64]) 
             if best < 0:
                 break
             bits[i, best] += step
+            unmoved[best] = False
             excess = best_excess
 
 

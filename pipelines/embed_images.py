@@ -14,7 +14,7 @@ from pipelines.config import Config
 from pipelines.publish import published_folder
 from pipelines.stage import UNCHANGED, Dataset, Session, StageTask, dataset_folder, run_stage
 from transforms import failures
-from transforms.embed import REVISION, EmbedImages, EmbedSpec, EmbedTask
+from transforms.embed import REVISION, EmbedImages, EmbedSpec, EmbedTask, release_encoder
 from transforms.sources.base import ImageShard
 
 
@@ -118,13 +118,16 @@ def embed_images(config: Config, session: Session) -> Embedded:
     if manifests.load_if_usable(failures_folder, failures.KIND, identity) is None:
         # Both datasets come from one pass, so neither is complete without the other.
         storage.remove(manifests.manifest_path(folder))
-    made = run_stage(
-        StageTask(
-            "embed", embeddings.KIND, folder, identity, len(graph.tasks), "images",
-            lambda root: define_pipeline(root, graph), finish, prepare,
-        ),
-        session,
-    )  # fmt: skip
+    try:
+        made = run_stage(
+            StageTask(
+                "embed", embeddings.KIND, folder, identity, len(graph.tasks), "images",
+                lambda root: define_pipeline(root, graph), finish, prepare,
+            ),
+            session,
+        )  # fmt: skip
+    finally:
+        release_encoder()
     failed = manifests.load(failures_folder, failures.KIND)
     books = _books(made.manifest, failed, made.state == UNCHANGED, reused)
     books.check()

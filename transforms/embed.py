@@ -5,6 +5,7 @@ element of a PCollection, and a part appears whole or not at all.
 """
 
 import dataclasses
+import gc
 import os
 from collections.abc import Iterable, Iterator
 
@@ -126,6 +127,20 @@ class _EmbedShard(beam.DoFn):
             for reason, failed in books["images_failed"].items():
                 count(STAGE, f"images_failed_{reason}", failed)
         yield finished
+
+
+class _Nothing:
+    """What the process holds in place of an encoder."""
+
+
+def release_encoder() -> None:
+    """Lets go of the encoder that this process shares, where the runner's workers are in it.
+
+    Beam would keep it through all later stages, and TensorFlow complains about what is left of it
+    when the interpreter ends. Acquiring another object is how Beam drops a shared one.
+    """
+    Shared().acquire(_Nothing)
+    gc.collect()
 
 
 def embed_shard(

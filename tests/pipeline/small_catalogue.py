@@ -21,8 +21,12 @@ def write_catalogue(folder: Path, shards: int = 3, images: int = 60) -> Path:
     import tensorflow as tf
 
     (folder / "catalog").mkdir(parents=True)
-    records = tf.data.TFRecordDataset(str(sorted((SAMPLES / "catalog").glob("*.tfrecord"))[0]))
-    chosen = [record.numpy() for record in records.take(images)]
+    files = sorted((SAMPLES / "catalog").glob("*.tfrecord"))
+    records = [record.numpy() for record in tf.data.TFRecordDataset([str(file) for file in files])]
+    objects = [_object_of(record) for record in records]
+    # Whole objects, each in its three drawings, so that there are right answers to find.
+    wanted = set(list(dict.fromkeys(objects))[: images // 3])
+    chosen = [record for record, name in zip(records, objects, strict=True) if name in wanted]
     for number in range(shards):
         name = str(folder / "catalog" / f"images-{number:05d}.tfrecord")
         with tf.io.TFRecordWriter(name) as writer:
@@ -30,6 +34,13 @@ def write_catalogue(folder: Path, shards: int = 3, images: int = 60) -> Path:
                 writer.write(record)
     shutil.copytree(SAMPLES / "hard", folder / "hard")
     return folder
+
+
+def _object_of(record: bytes) -> bytes:
+    import tensorflow as tf
+
+    features = tf.train.Example.FromString(record).features.feature
+    return bytes(features["object_id"].bytes_list.value[0])
 
 
 def write_config(path: Path, catalogue: Path | str, workspace: Path | str, **sections: Any) -> Path:

@@ -49,8 +49,9 @@ def test_embedding_is_one_fused_step(catalogue: Path, tmp_path: Path) -> None:
     stages = fused_stages(lambda root: embed_images.define_pipeline(root, plan.graph))
     working = [steps for steps in stages if any(s.endswith("EmbedShard") for s in steps)]
     assert len(working) == 1
-    # One stage lists descriptors, one stage does all the work; nothing else, so no pixels travel.
-    assert len(stages) == 2
+    # The other stages list and spread descriptors; all the work is in one, so no pixels travel.
+    rest = [step for steps in stages if steps not in working for step in steps]
+    assert all(step.startswith(("ListShards", "SpreadShards")) for step in rest)
     proto = describe_pipeline(lambda root: embed_images.define_pipeline(root, plan.graph))
     embed = [t for n, t in proto.components.transforms.items() if t.unique_name.endswith("EmbedShard")]
     assert len(embed) == 1
@@ -73,7 +74,13 @@ def portable() -> Iterator[tuple[str, ...]]:
     job, pool = free_port(), free_port()
     module = "apache_beam.runners.portability.local_job_service_main"
     worker = "apache_beam.runners.worker.worker_pool_main"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # The pool starts its workers as `python`, whichever comes first on its path.
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": os.environ | {"PATH": path},
+    }
     processes = [
         subprocess.Popen([sys.executable, "-m", module, "--port", str(job)], **quiet),
         subprocess.Popen([sys.executable, "-m", worker, "--service_port", str(pool)], **quiet),
@@ -93,7 +100,7 @@ def portable() -> Iterator[tuple[str, ...]]:
             process.wait()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(110)
 def test_a_portable_runner_gives_the_same_bytes(
     finished: Path, catalogue: Path, tmp_path: Path, portable: tuple[str, ...]
 ) -> None:
@@ -129,7 +136,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(110)
 def test_everything_in_a_bucket(finished: Path, catalogue: Path, emulator: str, tmp_path: Path) -> None:
     environment = os.environ | {"STORAGE_EMULATOR_HOST": emulator}
     config = write_config(tmp_path / "c.yaml", "gs://kith/data", "gs://kith/w")

@@ -67,25 +67,43 @@ def dicom(
     bits_stored: int | None = None,
 ) -> bytes:
     """An uncompressed DICOM file of [frames, h, w] grey or [frames, h, w, 3] RGB samples."""
-    colour = frames.ndim == 4
     bits = frames.dtype.itemsize * 8
-    stored = bits_stored or bits
-    syntax = _element(2, 0x10, "UI", b"1.2.840.10008.1.2.1")
+    samples = 3 if frames.ndim == 4 else 1
+    pixels = _element(0x7FE0, 0x10, "OW", frames.astype(f"<u{bits // 8}").tobytes())
+    shape = (len(frames), *frames.shape[1:3], samples)
+    return _dicom_file(shape, bits, bits_stored or bits, photometric, "1.2.840.10008.1.2.1", pixels)
+
+
+def dicom_of_jpeg(jpeg: bytes, shape: tuple[int, ...]) -> bytes:
+    """A DICOM file of one 8-bit grey frame, [h, w], compressed as a baseline JPEG."""
+    jpeg += b"\0" * (len(jpeg) % 2)
+    item = b"\xfe\xff\x00\xe0"
+    pixels = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff" + item + b"\0\0\0\0"
+    pixels += item + struct.pack("<I", len(jpeg)) + jpeg + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    syntax = "1.2.840.10008.1.2.4.50"
+    return _dicom_file((1, *shape, 1), 8, 8, "MONOCHROME2", syntax, pixels)
+
+
+def _dicom_file(
+    shape: tuple[int, ...], bits: int, stored: int, photometric: str, syntax: str, pixels: bytes
+) -> bytes:
+    """The file around the pixel data of [frames, h, w, samples]."""
+    frames, height, width, samples = shape
+    syntax_element = _element(2, 0x10, "UI", syntax.encode())
     elements = [
-        _element(0x28, 0x02, "US", struct.pack("<H", 3 if colour else 1)),
+        _element(0x28, 0x02, "US", struct.pack("<H", samples)),
         _element(0x28, 0x04, "CS", photometric.encode()),
-        _element(0x28, 0x06, "US", struct.pack("<H", 0)) if colour else b"",
-        _element(0x28, 0x08, "IS", str(len(frames)).encode()),
-        _element(0x28, 0x10, "US", struct.pack("<H", frames.shape[1])),
-        _element(0x28, 0x11, "US", struct.pack("<H", frames.shape[2])),
+        _element(0x28, 0x06, "US", struct.pack("<H", 0)) if samples == 3 else b"",
+        _element(0x28, 0x08, "IS", str(frames).encode()),
+        _element(0x28, 0x10, "US", struct.pack("<H", height)),
+        _element(0x28, 0x11, "US", struct.pack("<H", width)),
         _element(0x28, 0x100, "US", struct.pack("<H", bits)),
         _element(0x28, 0x101, "US", struct.pack("<H", stored)),
         _element(0x28, 0x102, "US", struct.pack("<H", stored - 1)),
         _element(0x28, 0x103, "US", struct.pack("<H", 0)),
-        _element(0x7FE0, 0x10, "OW", frames.astype(f"<u{bits // 8}").tobytes()),
     ]
-    meta = _element(2, 0, "UL", struct.pack("<I", len(syntax))) + syntax
-    return b"\0" * 128 + b"DICM" + meta + b"".join(elements)
+    meta = _element(2, 0, "UL", struct.pack("<I", len(syntax_element))) + syntax_element
+    return b"\0" * 128 + b"DICM" + meta + b"".join(elements) + pixels
 
 
 def _element(group: int, element: int, kind: str, value: bytes) -> bytes:

@@ -187,3 +187,18 @@ def test_threads_decode_the_same_pixels() -> None:
         decoded = list(pool.map(lambda name: decode_image(EACH[name]), names))
     for name, image in zip(names, decoded, strict=True):
         np.testing.assert_array_equal(image.pixels, wanted[name])
+
+
+def test_dicom_with_a_jpeg_inside() -> None:
+    grey = make.picture()[..., 0]
+    data = make.dicom_of_jpeg(make.encode(Image.fromarray(grey), "JPEG", quality=95), grey.shape)
+    assert similar(decode_image(data).pixels[..., 0], grey, 3.0)
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xc0", b"\xff\xda", b"\xff\xd9"])
+def test_dicom_with_a_broken_jpeg_inside_is_refused_at_once(marker: bytes) -> None:
+    """DCMTK would wait without end for a stream whose frame header or scan is missing."""
+    grey = make.picture()[..., 0]
+    jpeg = make.encode(Image.fromarray(grey), "JPEG", quality=95).replace(marker, b"\xff\x01")
+    with pytest.raises(ImageError, match="JPEG stream"):
+        decode_image(make.dicom_of_jpeg(jpeg, grey.shape))

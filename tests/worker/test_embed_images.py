@@ -239,12 +239,8 @@ def test_a_zero_vector_is_a_failure(tmp_path: Path) -> None:
     assert found.counters["embed.images_failed_zero_vector"] == 1
 
 
-def test_finished_parts_are_not_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = FilesSource(
-        format="files", paths=(str(SAMPLES / "hard" / "*.png"),), files_per_shard=2
-    )
+def test_finished_parts_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FilesSource(format="files", paths=(str(SAMPLES / "hard" / "*.png"),), files_per_shard=2)
     spec = spec_of(source)
     first = run_step(tmp_path, spec)
     loaded = []
