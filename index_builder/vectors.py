@@ -43,18 +43,19 @@ def _restore_unit_length(bits: NDArray[np.uint16], values: NDArray[np.float64]) 
     """Moves single numbers of float16 rows (as bit patterns) by one unit in the last place.
 
     Each move is the one that brings the squared length closest to 1; all sums are exact, so the
-    result is the same everywhere. No number moves twice, so none is further off than one and a half
-    units. A few moves a row are enough, but for rows of equal numbers, whose roundings all have one
-    sign.
+    result is the same everywhere. As long as others help, a number moves once, so it is off by one
+    and a half units at most; in rows of few numbers or equal ones, whose roundings all have one
+    sign, some move further.
     """
     unmoved = np.empty(bits.shape[1], dtype=np.bool_)
     for i in range(bits.shape[0]):
         unmoved[:] = True
+        once = True
         excess = -1.0
         for j in range(bits.shape[1]):
             value = values[bits[i, j] & 0x7FFF]
             excess += value * value
-        for _ in range(bits.shape[1]):
+        for _ in range(2 * bits.shape[1]):
             if abs(excess) <= _LENGTH_TOLERANCE:
                 break
             step = -1 if excess > 0 else 1
@@ -67,9 +68,13 @@ def _restore_unit_length(bits: NDArray[np.uint16], values: NDArray[np.float64]) 
                     if abs(moved) < abs(best_excess):
                         best, best_excess = j, moved
             if best < 0:
-                break
+                if not once:
+                    break
+                once = False
+                unmoved[:] = True
+                continue
             bits[i, best] += step
-            unmoved[best] = False
+            unmoved[best] = not once
             excess = best_excess
 
 

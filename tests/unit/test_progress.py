@@ -83,7 +83,10 @@ def test_watching_ends_with_the_stage_also_when_it_fails(tmp_path: Path, termina
         watchers = set(threading.enumerate()) - before
         raise ZeroDivisionError
     assert watchers
-    assert not any(thread.is_alive() for thread in watchers)
+    for thread in watchers:
+        # The one that redraws the bar is told to end, and ends at its next look.
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_units_of_an_earlier_stage_are_not_counted_again(
