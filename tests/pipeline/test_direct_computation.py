@@ -1,4 +1,4 @@
-"""A nightly run against a plain loop over the same images: same vectors, neighbours and files, bit for bit.
+"""A nightly run against a plain loop over the same images: the same bits everywhere.
 
 The loop reads with TensorFlow, encodes batch by batch, and compares all pairs in float64; of Kith it
 uses what works on one image or one batch (decoding, preprocessing, the encoder, unit_float16).

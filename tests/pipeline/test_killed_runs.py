@@ -1,4 +1,4 @@
-"""Runs killed with SIGKILL: going on gives the bytes of an undisturbed run, and readers never notice."""
+"""Runs killed with SIGKILL go on to the bytes of an undisturbed run; readers never notice."""
 
 import json
 import random

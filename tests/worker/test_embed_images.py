@@ -216,7 +216,8 @@ def test_a_zero_vector_is_a_failure(tmp_path: Path) -> None:
     model = keras.Sequential(
         [
             keras.Input((4, 4, 3)),
-            keras.layers.Conv2D(2, 1, activation="relu", kernel_initializer=keras.initializers.Constant(-1.0),
+            keras.layers.Conv2D(
+                2, 1, activation="relu", kernel_initializer=keras.initializers.Constant(-1.0),
                                 bias_initializer=keras.initializers.Constant(1.0)),
         ]
     )  # fmt: skip
