@@ -245,6 +245,14 @@ def count_finished(folder: str) -> int:
 def commit(folder: str, manifest: Manifest) -> None:
     """Writes the manifest, which makes the dataset exist, then removes markers and leftovers."""
     storage.write_json(manifest_path(folder), manifest.to_json())
+    clear_work(folder)
+
+
+def clear_work(folder: str) -> None:
+    """Removes markers, scratch and unfinished writes from a committed dataset.
+
+    A run that was killed between writing the manifest and this leaves them to the next one.
+    """
     storage.remove(storage.join(folder, WORK_FOLDER))
     storage.sweep_temporary(folder)
 

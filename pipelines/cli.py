@@ -94,7 +94,7 @@ def _run(
         with contextlib.redirect_stdout(sys.stderr):
             config, session = _open_session(config_path, overrides, console)
             result = command(config, session)
-    except (KithError, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # The outermost boundary: all ends in a status.
         if verbose:
             traceback.print_exc()
         status = getattr(error, "exit_status", 1)
@@ -123,7 +123,12 @@ def _failed(name: str, error: BaseException, message: str, status: int) -> dict[
 def _message(error: BaseException) -> str:
     if isinstance(error, KithError):
         return str(error)
-    return f"{error}. Check the path and its permissions; --verbose shows where this happened."
+    if isinstance(error, OSError):
+        return f"{error}. Check the path and its permissions; --verbose shows where this happened."
+    return (
+        f"Unexpected {type(error).__name__}: {error}. Nothing was published. This may be a defect of "
+        "Kith; --verbose shows where it happened."
+    )
 
 
 def _open_session(

@@ -113,6 +113,7 @@ def embed_images(config: Config, session: Session) -> Embedded:
     def finish() -> Manifest:
         if manifests.load_if_usable(failures_folder, failures.KIND, identity) is None:
             manifests.commit(failures_folder, _manifest(plan, failures.KIND, failures_folder))
+        manifests.clear_work(failures_folder)
         return _manifest(plan, embeddings.KIND, folder)
 
     if manifests.load_if_usable(failures_folder, failures.KIND, identity) is None:

@@ -92,6 +92,7 @@ def run_stage(task: StageTask, session: Session) -> Dataset:
     start = time.monotonic()
     manifest = manifests.load_if_usable(task.folder, task.kind, task.fingerprint)
     if manifest is not None:
+        manifests.clear_work(task.folder)
         session.console.print(f"{task.name}: unchanged, nothing to do")
         return Dataset(task.folder, manifest, UNCHANGED, time.monotonic() - start, {})
     resumed = manifests.count_finished(task.folder) > 0

@@ -2,13 +2,15 @@
 
 A run is a child of this process, which has imported everything and used nothing, so a run costs no
 imports. It kills itself with SIGKILL where a file is about to get its final name, or just has got it.
-Prints one JSON object: the name of the file at which each run was killed, in order.
+TensorFlow is imported too, but starts its threads in the children. Prints one JSON object: the name of the file at which each run was killed, in order.
 
 Usage: python -m tests.pipeline.run_until_killed CONFIG WRITES..., where WRITES are the numbers of the
 writes at which successive runs die, negative to die after the file has got its name; when the list is
-used up, its last number is used again until a run gets to its end.
+used up, its last number is used again until a run gets to its end. A shard is four writes, so a run
+that dies at its fifth or later gets further than the one before it.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -17,18 +19,22 @@ from typing import NoReturn
 
 from pipelines.nightly import run_nightly
 from tests.pipeline.small_catalogue import load, session
+from transforms.encoders.keras_runtime import import_keras
 
-MOST_RUNS = 200
+MOST_RUNS = 40
 
 
 def main(config_path: str, writes: list[int]) -> None:
     """Runs until a run ends by itself; raises where one fails or never ends."""
+    import_keras()
     killed = []
     for number in range(MOST_RUNS):
         at = writes[min(number, len(writes) - 1)]
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
+            # Nothing outlives this process, however it ends (PR_SET_PDEATHSIG is 1).
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
             os.close(read)
             _run(config_path, at, write)
         os.close(write)

@@ -28,6 +28,12 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def process_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts back what the command line sets for the rest of its process."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
 def run(*arguments: str | Path) -> int:
     """Runs the command line in this process and returns its exit status."""
     with pytest.raises(SystemExit) as caught:
@@ -190,6 +196,21 @@ def test_an_unknown_runner_ends_with_2(config: Path, capsys: pytest.CaptureFixtu
     assert message.startswith("runner: Beam cannot make a pipeline for 'FlonkRunner'")
     # What stood after the dashes belongs to that one call.
     assert run("check", "--config", config, "--json") == 0
+    assert cli._beam_options == ()
+
+
+def test_what_a_library_prints_stays_out_of_the_json(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chatty(*_: object) -> dict[str, Any]:
+        print("a greeting of a library")
+        return {"image_shards": 1}
+
+    monkeypatch.setattr("pipelines.check.check_everything", chatty)
+    assert run("check", "--config", config, "--json") == 0
+    captured = capsys.readouterr()
+    assert only_json(captured.out)["image_shards"] == 1
+    assert captured.err == "a greeting of a library\n"
 
 
 def test_check_says_what_it_found(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,13 +256,22 @@ def test_check_data_verifies_every_published_file(
     assert "p1.parquet" in error["message"]
 
 
-def test_a_defect_of_ours_is_not_dressed_up(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_ours_is_called_one(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr("pipelines.check.check_everything", broken)
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["check", "--config", str(config)])
+    assert run("check", "--config", config, "--json") == 1
+    captured = capsys.readouterr()
+    error = only_json(captured.out)["error"]
+    assert error["kind"] == "ZeroDivisionError"
+    assert error["message"].startswith("Unexpected ZeroDivisionError: a defect. ")
+    assert "--verbose shows where it happened" in error["message"]
+    assert "Traceback" not in captured.err
+    assert run("check", "--config", config, "--verbose") == 1
+    assert "in broken\n" in capsys.readouterr().err
 
 
 def test_an_interrupt_says_how_to_go_on(

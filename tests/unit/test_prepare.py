@@ -171,6 +171,27 @@ def test_threads_end_when_the_consumer_stops_early() -> None:
     assert stopped == [12 - 1]
 
 
+def test_images_that_wait_are_not_decoded_when_the_consumer_stops() -> None:
+    decoded, gate = [], threading.Event()
+
+    class Gated(Preprocessing):
+        def apply(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            decoded.append(pixels.shape)
+            if len(decoded) > 1:
+                assert gate.wait(10)
+            return super().apply(pixels)
+
+    records = [record(number) for number in range(40)]
+    results = prepare_images(records, Gated((8, 8)), MAX_PIXELS, 1, 30)
+    next(results)
+    opener = threading.Timer(0.2, gate.set)
+    opener.start()
+    results.close()  # type: ignore[attr-defined]
+    opener.join()
+    # The one that was under way is finished; the others are given up.
+    assert len(decoded) <= 2
+
+
 def test_threads_end_when_the_reader_fails() -> None:
     def reader() -> Iterator[ImageRecord]:
         yield record(0)
