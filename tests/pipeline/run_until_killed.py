@@ -2,7 +2,8 @@
 
 A run is a child of this process, which has imported everything and used nothing, so a run costs no
 imports. It kills itself with SIGKILL where a file is about to get its final name, or just has got it.
-TensorFlow is imported too, but starts its threads in the children. Prints one JSON object: the name of the file at which each run was killed, in order.
+TensorFlow is imported too, but starts its threads in the children. Prints one JSON object: the name
+of the file at which each run was killed, in order.
 
 Usage: python -m tests.pipeline.run_until_killed CONFIG WRITES..., where WRITES are the numbers of the
 writes at which successive runs die, negative to die after the file has got its name; when the list is
