@@ -26,11 +26,15 @@ K = 5
 
 @dataclasses.dataclass(frozen=True)
 class Direct:
-    """What the loop found, images in the order of the catalogue."""
+    """What the loop found, images in the order of the catalogue.
+
+    `alone` holds the vectors of the last images, each encoded in a batch of its own.
+    """
 
     ids: list[str]
     metadata: list[dict[str, str | None]]
     vectors: np.ndarray
+    alone: np.ndarray
     failed: dict[str, str]
 
 
@@ -77,7 +81,8 @@ def direct(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Direct:
             unit, valid = unit_float16(raw)
             assert valid.all()
             vectors.append(unit)
-    return Direct(ids, metadata, np.concatenate(vectors), failed)
+    alone = unit_float16(np.concatenate([encoder.encode(image[None]) for image in pixels[-4:]]))[0]
+    return Direct(ids, metadata, np.concatenate(vectors), alone, failed)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,11 @@ def test_embeddings_are_the_same_bytes(direct: Direct, snapshot: Published) -> N
     assert got.tobytes() == direct.vectors.tobytes()
     for name in METADATA:
         assert table[name].to_pylist() == [columns[name] for columns in direct.metadata]
+
+
+def test_the_rest_of_the_batch_does_not_matter(direct: Direct) -> None:
+    one, other = direct.alone.astype(np.float64), direct.vectors[-4:].astype(np.float64)
+    assert np.einsum("ij,ij->i", one, other).min() >= 0.99999
 
 
 def test_failures_are_those_of_the_loop(direct: Direct, snapshot: Published) -> None:
@@ -180,7 +190,8 @@ def _stored(index: faiss.IndexIVF) -> np.ndarray:
 def test_run_json_says_what_the_datasets_hold(
     direct: Direct, snapshot: Published, ranked: dict[str, list[tuple[str, np.float32]]]
 ) -> None:
-    run = snapshot.run
+    # The first run of the workspace is the one that made its datasets.
+    run = json.loads(sorted((snapshot.workspace / "runs").glob("*/run.json"))[0].read_text())
     images = run["images"]
     assert images["read"] == len(direct.ids) + len(direct.failed)
     assert images["embedded"] == len(direct.ids) == snapshot.manifest("embeddings").rows
