@@ -18,6 +18,9 @@ only, `resvg-py` 0.5.0 and `fonttools` 4.68.0.
     python samples/build_catalog.py --noto noto/ --twemoji twemoji/ --fluent fluent/ \
         --datasource datasource/ --skimage skimage/ --pydicom pydicom/
 
+`--formats-only` takes none of the packages: it writes the slices in other formats (`webdataset/`,
+`parquet/`, `table/`) again from the catalogue that is there.
+
 Other versions are refused, because they would write other bytes under the same names.
 """
 
@@ -25,12 +28,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import csv
 import dataclasses
 import hashlib
 import io
 import json
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +167,20 @@ SLICE = (
     "steam_locomotive",
     "rocket",
 )
+
+# Four of these, in three drawings each, committed in the other formats.
+FORMAT_SLICE = ("1f415", "1f353", "26bd", "1f3b8")
+FORMAT_COLUMNS = (
+    "image_id",
+    "object_id",
+    "name",
+    "category",
+    "drawing",
+    "licence",
+    "copyright",
+    "sha256",
+)
+FOLDERS = ("catalog", "files", "hard", "webdataset", "parquet", "table")
 
 PICTURE_STEPS = (
     "composited on white, trimmed to its visible pixels, resized to "
@@ -448,10 +467,78 @@ def write_slice(records: Iterable[Record], objects: set[str], folder: Path) -> N
     """Writes the pictures of a few objects as plain files, one folder a category."""
     for record in records:
         if record.columns["object_id"] in objects:
-            slug = record.columns["category"].lower().replace("&", "and").replace(" ", "-")
-            path = folder / slug / f"{record.columns['image_id']}.jpg"
+            path = folder / plain_name(record)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(record.jpeg)
+
+
+def plain_name(record: Record) -> str:
+    """The path of a picture among the plain files."""
+    slug = record.columns["category"].lower().replace("&", "and").replace(" ", "-")
+    return f"{slug}/{record.columns['image_id']}.jpg"
+
+
+def read_catalog(folder: Path) -> list[Record]:
+    """The records of shards that were written before."""
+    import tensorflow as tf
+
+    records = []
+    for serialized in tf.data.TFRecordDataset([str(path) for path in sorted(folder.iterdir())]):
+        features = tf.train.Example.FromString(serialized.numpy()).features.feature
+        columns = {name: value.bytes_list.value[0] for name, value in features.items()}
+        jpeg = columns.pop("image/encoded")
+        records.append(Record(jpeg, {name: value.decode() for name, value in columns.items()}))
+    return records
+
+
+def write_formats(records: Iterable[Record], out: Path) -> None:
+    """Writes a few pictures as a WebDataset, as Parquet, and as a table that names the plain files."""
+    chosen = sorted(
+        (record for record in records if record.columns["object_id"] in FORMAT_SLICE),
+        key=lambda record: record.columns["image_id"],
+    )
+    if len(chosen) != 3 * len(FORMAT_SLICE):
+        raise BuildError(f"The catalogue has {len(chosen)} pictures of FORMAT_SLICE, wanted 3 each.")
+    for name in ("webdataset", "parquet", "table"):
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir(parents=True)
+    rows = [{name: record.columns[name] for name in FORMAT_COLUMNS} for record in chosen]
+    write_webdataset(chosen, rows, out / "webdataset" / "images-000000.tar")
+    write_parquet(chosen, rows, out / "parquet" / "images.parquet")
+    with open(out / "table" / "images.csv", "w", encoding="utf-8", newline="") as file:
+        names = ("image_id", "item_id", "uri", *FORMAT_COLUMNS[1:])
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for record, row in zip(chosen, rows, strict=True):
+            uri = f"../files/{plain_name(record)}"
+            writer.writerow(row | {"item_id": row["object_id"], "uri": uri})
+
+
+def write_webdataset(records: list[Record], rows: list[dict[str, str]], path: Path) -> None:
+    """Writes a tar of samples, each a picture and its columns in JSON, without owners and times."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for record, row in zip(records, rows, strict=True):
+            for extension, data in (("jpg", record.jpeg), ("json", json.dumps(row).encode())):
+                member = tarfile.TarInfo(f"{row['image_id']}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def write_parquet(records: list[Record], rows: list[dict[str, str]], path: Path) -> None:
+    """Writes pictures and columns, the picture as Hugging Face does, in two row groups."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), *((name, pa.string()) for name in FORMAT_COLUMNS)])
+    values = [
+        {"image": {"bytes": record.jpeg, "path": plain_name(record)}, **row}
+        for record, row in zip(records, rows, strict=True)
+    ]
+    table = pa.Table.from_pylist(values, schema=schema)
+    pq.write_table(
+        table, path, row_group_size=len(records) // 2, use_dictionary=False, write_statistics=False
+    )
 
 
 def hard_images(skimage: Path, pydicom: Path) -> dict[str, bytes]:
@@ -520,7 +607,7 @@ def write_checksums(out: Path) -> None:
     """Writes SHA256SUMS over every image file, in the format of `sha256sum`."""
     paths = sorted(
         path.relative_to(out).as_posix()
-        for folder in ("catalog", "files", "hard")
+        for folder in FOLDERS
         for path in (out / folder).rglob("*")
         if path.is_file()
     )
@@ -547,6 +634,7 @@ def build(args: argparse.Namespace) -> None:
     write_slice(records, objects, args.out / "files")
     for name, data in hard.items():
         (args.out / "hard" / name).write_bytes(data)
+    write_formats(records, args.out)
     write_checksums(args.out)
 
     counts = collections.Counter(emoji.category for emoji in kept)
@@ -571,12 +659,24 @@ def main() -> int:
         "--skimage": "unpacked wheel of scikit-image",
         "--pydicom": "unpacked wheel of pydicom",
     }.items():
-        parser.add_argument(option, type=Path, required=True, metavar="FOLDER", help=what)
+        parser.add_argument(option, type=Path, metavar="FOLDER", help=what)
+    parser.add_argument(
+        "--formats-only", action="store_true", help="write the slices in other formats again"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="where to write"
     )
+    args = parser.parse_args()
+    packages = ("noto", "twemoji", "fluent", "datasource", "skimage", "pydicom")
+    missing = [name for name in packages if getattr(args, name) is None]
+    if missing and not args.formats_only:
+        parser.error(f"--{missing[0]} is missing. Give every package, or --formats-only.")
     try:
-        build(parser.parse_args())
+        if args.formats_only:
+            write_formats(read_catalog(args.out / "catalog"), args.out)
+            write_checksums(args.out)
+        else:
+            build(args)
     except BuildError as error:
         print(f"build_catalog: {error}", file=sys.stderr)
         return 1

@@ -11,8 +11,13 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, UnidentifiedImageError
+from pydantic import TypeAdapter
+
+from transforms.sources.base import ImageRecord, ImageSource
+from transforms.sources.registry import AnySource
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 COLUMNS = {
@@ -30,12 +35,19 @@ COLUMNS = {
     "sha256",
 }
 LICENCE_OF_DRAWING = {"noto": "Apache-2.0", "twemoji": "CC-BY-4.0", "fluent3d": "MIT"}
+FORMAT_SLICE = ("1f415", "1f353", "26bd", "1f3b8")
 OBJECTS_OF_CATEGORY = {
     "Objects": 193,
     "Animals & Nature": 156,
     "Food & Drink": 127,
     "Travel & Places": 101,
     "Activities": 53,
+}
+# The slices in other formats: the folder, which is the name of the format, and the file.
+FORMATS = {
+    "webdataset": "webdataset/images-000000.tar",
+    "parquet": "parquet/images.parquet",
+    "table": "table/images.csv",
 }
 HARD = {
     "truncated.jpg",
@@ -100,12 +112,13 @@ def test_checksums_cover_every_file_and_hold() -> None:
     listed = {path: digest for digest, path in (line.split("  ") for line in lines)}
     present = {
         path.relative_to(SAMPLES).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in ("catalog", "files", "hard")
+        for folder in ("catalog", "files", "hard", *FORMATS)
         for path in (SAMPLES / folder).rglob("*")
         if path.is_file()
     }
     assert listed == present
-    assert len(listed) == 6 + 30 + 12
+    assert len(listed) == 6 + 30 + 12 + 3
+    assert sum((SAMPLES / path).stat().st_size for path in FORMATS.values()) < 150_000
 
 
 def test_shards_are_even_and_mixed(shards: list[list[dict[str, bytes]]]) -> None:
@@ -202,6 +215,45 @@ def test_plain_files_are_records_of_the_catalogue(records: list[dict[str, bytes]
     objects = collections.Counter(path.stem.split("-", 1)[1] for path in paths)
     assert set(objects.values()) == {3}
     assert len(objects) == 10
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_slices_in_other_formats_are_records_of_the_catalogue(
+    records: list[dict[str, bytes]], name: str, tmp_path: Path
+) -> None:
+    by_id = {record["image_id"].decode(): record for record in records}
+    names = ("object_id", "name", "category", "drawing", "licence", "copyright", "sha256")
+    source: ImageSource = TypeAdapter(AnySource).validate_python(
+        {"format": name, "paths": str(SAMPLES / FORMATS[name])}
+    )
+    found = [
+        item
+        for shard in source.list_shards(0, str(tmp_path))
+        for item in source.read(shard, dict.fromkeys(names, "string"))
+    ]
+    assert len(found) == 12
+    for item in found:
+        assert isinstance(item, ImageRecord)
+        assert item.error is None
+        assert item.image_id is not None
+        record = by_id[item.image_id]
+        assert item.data == record["image/encoded"]
+        assert item.metadata == {column: record[column].decode() for column in names}
+    assert {item.image_id for item in found if isinstance(item, ImageRecord)} == {
+        f"{drawing}-{code}" for drawing in LICENCE_OF_DRAWING for code in FORMAT_SLICE
+    }
+
+
+def test_slices_in_other_formats_are_written_again_with_the_same_bytes(
+    build_catalog: ModuleType, tmp_path: Path
+) -> None:
+    build_catalog.write_formats(build_catalog.read_catalog(SAMPLES / "catalog"), tmp_path)
+    # Parquet names the version that wrote it; the other two are the same everywhere.
+    for name in ("webdataset", "table"):
+        assert (tmp_path / FORMATS[name]).read_bytes() == (SAMPLES / FORMATS[name]).read_bytes()
+    tables = [pq.read_table(folder / FORMATS["parquet"]) for folder in (tmp_path, SAMPLES)]
+    assert tables[0].equals(tables[1])
+    assert pq.read_metadata(SAMPLES / FORMATS["parquet"]).num_row_groups == 2
 
 
 def test_hard_images_are_what_their_names_say() -> None:

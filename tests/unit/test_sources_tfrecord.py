@@ -23,7 +23,8 @@ from tests.unit.records_for_tests import (
     write_records,
 )
 from transforms.sources.base import ImageRecord, ImageShard, UnreadableRegion
-from transforms.sources.tfrecord import TFRecordSource, convert
+from transforms.sources.conversion import convert
+from transforms.sources.tfrecord import TFRecordSource
 
 IMAGES = [f"image number {i}".encode() * (i + 1) for i in range(5)]
 EXAMPLES = [example(image_id=f"id-{i}", image__encoded=data) for i, data in enumerate(IMAGES)]
@@ -197,6 +198,8 @@ def test_ids_are_texts_or_whole_numbers(tmp_path: Path, value: int | str, wanted
         (7, "float64", 7.0),
         (1, "bool", True),
         ("0", "bool", False),
+        ("true", "bool", True),
+        ("False", "bool", False),
         (["first", "second"], "string", "first"),
         ([], "string", None),
         ("", "string", ""),
@@ -220,7 +223,7 @@ def test_metadata_has_the_configured_type(
         (0.5, "int64"),
         (math.inf, "int64"),
         (math.nan, "bool"),
-        ("true", "bool"),
+        ("yes", "bool"),
         (2, "bool"),
         ("cheap", "float64"),
         (b"\xff\xfe", "string"),
@@ -320,20 +323,140 @@ def test_a_damaged_payload_costs_one_record(tmp_path: Path, compress: bool, plac
     assert [r.data for r in records if r.error is None] == [IMAGES[i] for i in (0, 1, 3, 4)]
 
 
+def write_damaged(path: Path, data: bytes, compress: bool = False) -> Path:
+    path.write_bytes(gzip.compress(data) if compress else data)
+    return path
+
+
+def whole_file() -> bytearray:
+    return bytearray(b"".join(map(frame, EXAMPLES)))
+
+
+@pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("byte", range(HEADER_BYTES))
-def test_a_damaged_header_ends_the_file_there(tmp_path: Path, byte: int) -> None:
-    data = bytearray(b"".join(map(frame, EXAMPLES)))
+def test_reading_goes_on_behind_a_damaged_header(tmp_path: Path, byte: int, compress: bool) -> None:
+    data = whole_file()
     data[frame_start(2) + byte] ^= 0x10
-    path = tmp_path / "a.tfrecord"
-    path.write_bytes(bytes(data))
-    *records, region = read_all(path)
-    assert [r.data for r in records_of(records)] == IMAGES[:2]
-    assert isinstance(region, UnreadableRegion)
-    assert region.source_shard == records_of(records)[0].source_shard
-    assert region.error == (
+    first, second, region, *rest = read_all(write_damaged(tmp_path / "a", bytes(data), compress))
+    records = records_of([first, second, *rest])
+    assert [r.data for r in records] == [IMAGES[i] for i in (0, 1, 3, 4)]
+    assert [r.row for r in records] == [0, 1, 2, 3]
+    assert region == UnreadableRegion(
+        records[0].source_shard,
         f"The framing is lost at byte {frame_start(2)}: the length of the record does not match its "
-        "checksum"
+        f"checksum. {frame_start(3) - frame_start(2)} bytes were passed over up to byte "
+        f"{frame_start(3)}, where the next whole record begins.",
+        frame_start(2),
     )
+
+
+def test_a_damaged_last_header_ends_the_file_there(tmp_path: Path) -> None:
+    data = whole_file()
+    data[frame_start(4)] ^= 1
+    *records, region = read_all(write_damaged(tmp_path / "a", bytes(data)))
+    assert [r.data for r in records_of(records)] == IMAGES[:4]
+    assert isinstance(region, UnreadableRegion)
+    assert region.offset == frame_start(4)
+    assert region.error.endswith(f"follows in the {len(data) - frame_start(4)} bytes up to the end.")
+
+
+def test_a_length_that_runs_past_the_file_costs_its_record_only(tmp_path: Path) -> None:
+    data = whole_file()
+    length = struct.pack("<Q", 1 << 20)
+    at = frame_start(1)
+    data[at : at + HEADER_BYTES] = length + struct.pack("<I", masked_crc(length))
+    first, region, *rest = read_all(write_damaged(tmp_path / "a", bytes(data)))
+    assert [r.data for r in records_of([first, *rest])] == [IMAGES[i] for i in (0, 2, 3, 4)]
+    assert isinstance(region, UnreadableRegion)
+    assert (region.offset, region.error[:31]) == (at, f"The framing is lost at byte {at}: "[:31])
+    assert "the file ends inside the record (1048576 bytes long)" in region.error
+
+
+@pytest.mark.parametrize("place", [0, 1, 20, 21])
+@pytest.mark.parametrize("removed", [1, 3, 12, 16])
+def test_missing_bytes_cost_no_record_that_is_whole(tmp_path: Path, place: int, removed: int) -> None:
+    data = whole_file()
+    at = frame_start(2) + place
+    del data[at : at + removed]
+    items = read_all(write_damaged(tmp_path / "a", bytes(data)))
+    whole = {item.data for item in items if isinstance(item, ImageRecord) and item.error is None}
+    assert whole == {IMAGES[i] for i in (0, 1, 3, 4)}
+    (region,) = [item for item in items if isinstance(item, UnreadableRegion)]
+    assert region.offset is not None
+    assert frame_start(2) <= region.offset <= frame_start(3)
+
+
+def test_a_record_with_a_bad_checksum_inside_a_gap_belongs_to_it(tmp_path: Path) -> None:
+    data = whole_file()
+    data[frame_start(1)] ^= 1
+    data[frame_start(3) - 1] ^= 1
+    first, region, *rest = read_all(write_damaged(tmp_path / "a", bytes(data)))
+    assert [r.data for r in records_of([first, *rest])] == [IMAGES[i] for i in (0, 3, 4)]
+    assert isinstance(region, UnreadableRegion)
+    assert region.offset == frame_start(1)
+
+
+def test_a_bad_payload_before_a_bad_header_is_a_row_of_its_own(tmp_path: Path) -> None:
+    data = whole_file()
+    data[frame_start(1) + HEADER_BYTES] ^= 1
+    data[frame_start(2)] ^= 1
+    first, second, region, *rest = read_all(write_damaged(tmp_path / "a", bytes(data)))
+    records = records_of([first, second, *rest])
+    assert reason_of(records[1]) == "corrupt_record"
+    assert [r.data for r in records] == [IMAGES[0], b"", IMAGES[3], IMAGES[4]]
+    assert isinstance(region, UnreadableRegion)
+    assert region.offset == frame_start(2)
+
+
+@pytest.mark.parametrize(
+    "filler",
+    [b"\0", b"\xff", b"\1\0\0\0\0\0\0\0", bytes(range(256)), b"\7\0\0\0\0\0\0\0" + bytes(4)],
+    ids=["zeros", "ones", "small numbers", "all bytes", "lengths"],
+)
+def test_any_gap_is_passed_over_in_one_step(tmp_path: Path, filler: bytes) -> None:
+    # Wider than what is looked at in one go, and of a length that is no multiple of anything.
+    size = (5 << 19) + 13
+    gap = (filler * (size // len(filler) + 1))[:size]
+    data = frame(EXAMPLES[0]) + gap + frame(EXAMPLES[1]) + frame(EXAMPLES[2])
+    first, region, *rest = read_all(write_damaged(tmp_path / "a", data))
+    assert [r.data for r in records_of([first, *rest])] == IMAGES[:3]
+    assert isinstance(region, UnreadableRegion)
+    assert region.offset == frame_start(1)
+    assert f" {len(gap)} bytes were passed over up to byte {frame_start(1) + len(gap)}," in region.error
+
+
+@pytest.mark.parametrize("shift", range(20))
+def test_a_record_on_the_bounds_of_what_is_looked_at_is_found(tmp_path: Path, shift: int) -> None:
+    before = (1 << 20) - 19 + shift
+    first, *records = read_all(write_damaged(tmp_path / "a", b"\xee" * before + frame(EXAMPLES[3])))
+    assert isinstance(first, UnreadableRegion)
+    assert [r.data for r in records_of(records)] == [IMAGES[3]]
+
+
+def test_an_empty_payload_is_a_record(tmp_path: Path) -> None:
+    data = b"\xee" * 99 + frame(b"") + frame(EXAMPLES[0])
+    _, empty, good = read_all(write_damaged(tmp_path / "a", data))
+    assert isinstance(empty, ImageRecord)
+    assert reason_of(empty) == "missing_id"
+    assert isinstance(good, ImageRecord)
+    assert good.row == 1
+
+
+@given(data=st.data())
+def test_damage_costs_no_record_that_it_does_not_touch(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = whole_file()
+    start = data.draw(st.integers(0, len(content) - 1))
+    stop = data.draw(st.integers(start + 1, min(len(content), start + 200)))
+    content[start:stop] = data.draw(st.binary(max_size=200))
+    path = tmp_path_factory.getbasetemp() / "touched.tfrecord"
+    items = read_all(write_damaged(path, bytes(content)))
+    found = [item for item in items if isinstance(item, ImageRecord)]
+    assert [item.row for item in found] == list(range(len(found)))
+    assert {IMAGES[i] for i in range(5) if stop <= frame_start(i) or frame_start(i + 1) <= start} <= {
+        item.data for item in found
+    }
 
 
 def test_a_truncated_file_is_read_up_to_the_cut(tmp_path: Path) -> None:
@@ -350,32 +473,62 @@ def test_a_truncated_file_is_read_up_to_the_cut(tmp_path: Path) -> None:
         else:
             (region,) = items[whole:]
             assert isinstance(region, UnreadableRegion)
-            assert f"at byte {starts[whole]}" in region.error
+            assert region.offset == starts[whole]
+            assert f"at byte {starts[whole]}:" in region.error
 
 
-def test_a_truncated_gzip_stream_is_one_region(tmp_path: Path) -> None:
-    # Random bytes do not compress, so that half of the stream holds about half of the images.
+@pytest.mark.parametrize("cut", [5000, 10000, 16000, 25000])
+def test_a_truncated_gzip_stream_is_read_up_to_the_cut(tmp_path: Path, cut: int) -> None:
+    # Random bytes do not compress: a byte of the file is about a byte of the content.
     import random
 
     images = [random.Random(i).randbytes(5000) for i in range(6)]
     payloads = [example(image_id=f"{i}", image__encoded=data) for i, data in enumerate(images)]
     path = write_records(tmp_path / "a.gz", payloads, compress=True)
-    path.write_bytes(path.read_bytes()[:16000])
+    path.write_bytes(path.read_bytes()[:cut])
     *records, region = read_all(path)
-    assert [r.data for r in records_of(records)] == images[: len(records)]
-    assert 1 <= len(records) <= 3
+    found = [r.data for r in records_of(records)]
+    each = len(frame(payloads[0]))
+    assert found == images[: (cut - 100) // each]
     assert isinstance(region, UnreadableRegion)
-    assert region.error.startswith(f"The gzip stream of {path} is damaged: ")
+    assert region.offset == len(found) * each
+    assert region.error.startswith(f"The gzip stream of {path} is damaged: the file ends before ")
+    assert f"nothing is read from byte {region.offset} on" in region.error
 
 
-def test_a_damaged_gzip_stream_is_one_region(tmp_path: Path) -> None:
+def test_a_gzip_stream_that_ends_between_records_is_one_region_too(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.gz", EXAMPLES, compress=True)
+    path.write_bytes(path.read_bytes()[:-3])
+    *records, region = read_all(path)
+    assert [r.data for r in records_of(records)] == IMAGES
+    assert isinstance(region, UnreadableRegion)
+    assert region.offset == frame_start(5)
+
+
+@pytest.mark.parametrize("place", [-8, -1])
+def test_a_wrong_checksum_of_a_gzip_stream_is_one_region(tmp_path: Path, place: int) -> None:
     path = write_records(tmp_path / "a.gz", EXAMPLES, compress=True)
     data = bytearray(path.read_bytes())
-    data[-8] ^= 1  # the checksum of the whole stream
+    data[place] ^= 1  # the checksum and length of the whole stream
     path.write_bytes(bytes(data))
     *records, region = read_all(path)
-    assert [r.data for r in records_of(records)] == IMAGES[: len(records)]
+    # The records have checksums of their own, and all of them hold.
+    assert [r.data for r in records_of(records)] == IMAGES
     assert isinstance(region, UnreadableRegion)
+    assert region.offset == frame_start(5)
+    assert "incorrect" in region.error
+
+
+def test_gzip_members_follow_one_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.gz"
+    halves = [b"".join(map(frame, part)) for part in (EXAMPLES[:2], EXAMPLES[2:])]
+    path.write_bytes(gzip.compress(halves[0]) + bytes(7) + gzip.compress(halves[1]) + bytes(600))
+    assert [r.data for r in records_of(read_all(path))] == IMAGES
+    path.write_bytes(gzip.compress(halves[0]) + b"garbage")
+    *records, region = read_all(path)
+    assert [r.data for r in records_of(records)] == IMAGES[:2]
+    assert isinstance(region, UnreadableRegion)
+    assert region.offset == len(halves[0])
 
 
 @given(st.binary(max_size=200), st.sampled_from(["auto", "none", "gzip"]))
@@ -404,6 +557,18 @@ def test_fetch_returns_the_same_bytes(tmp_path: Path) -> None:
         assert source.fetch(shard.name, [2, 0]) == {0: IMAGES[0], 2: IMAGES[2]}
         assert source.fetch(shard.name, [99]) == {}
     assert source.fetch("c/broken", [1, 4]) == {}
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_fetch_counts_rows_as_read_does_behind_a_gap(tmp_path: Path, compress: bool) -> None:
+    data = whole_file()
+    data[frame_start(1)] ^= 1
+    source = source_of(write_damaged(tmp_path / "a", bytes(data), compress))
+    (shard,) = source.list_shards(0, "unused")
+    read = {r.row: r.data for r in source.read(shard, {}) if isinstance(r, ImageRecord)}
+    assert read == dict(enumerate(IMAGES[i] for i in (0, 2, 3, 4)))
+    assert source.fetch(shard.name, range(9)) == read
+    assert source.fetch(shard.name, [2]) == {2: IMAGES[3]}
 
 
 def test_every_file_is_one_shard_whose_token_is_its_content(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -49,16 +49,24 @@ class ImageRecord:
 
 @dataclasses.dataclass(frozen=True)
 class UnreadableRegion:
-    """A stretch of a container in which images can no longer be told apart."""
+    """A stretch of a container in which images can no longer be told apart.
+
+    `offset` is its first byte in the container, for a compressed one in its content; None where
+    the format has no such place. The text says it too.
+    """
 
     source_shard: str
     error: str
+    offset: int | None = None
 
 
 class ImageSource(BaseModel, abc.ABC):
     """A source of images, as the configuration states it; `format` tells which."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Settings that decide how fast records are read, and none of them.
+    speed_settings: ClassVar[frozenset[str]] = frozenset()
 
     paths: tuple[Location, ...] = Field(
         min_length=1, description="Files to read: paths or globs, local or `gs://`."
@@ -90,6 +98,10 @@ class ImageSource(BaseModel, abc.ABC):
     def relative(self, path: str) -> str:
         """Returns a file's path relative to the source's common folder."""
         return path.removeprefix(self.base).lstrip("/")
+
+    def reading(self) -> dict[str, Any]:
+        """Returns the settings that decide which records a shard's content gives."""
+        return self.model_dump(mode="json", exclude={"paths", "name", *self.speed_settings})
 
     def find_files(self) -> list[str]:
         """Lists the files that the paths name, sorted, without repetition.

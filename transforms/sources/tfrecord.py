@@ -4,41 +4,37 @@ The framing is read here rather than by TensorFlow, because one damaged record m
 `failures` and not the file: https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
-import gzip
+import functools
 import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal
+from typing import Any, ClassVar, Literal
 
 import google_crc32c
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
 from index_builder import storage
 from index_builder.errors import ImageError
 from transforms.sources.base import ImageRecord, ImageShard, ImageSource, UnreadableRegion
+from transforms.sources.byte_stream import GZIP_MAGIC, ByteStream
+from transforms.sources.rows import FoundRow, RowNames
 
 _HEADER_BYTES = 12
 _FOOTER_BYTES = 4
 _MASK_DELTA = 0xA282EAD8
-_GZIP_MAGIC = b"\x1f\x8b\x08"
 # A length above this is taken for damage that its own checksum missed, not for an image.
 _MAX_RECORD_BYTES = 1 << 30
+_SCAN_BYTES = 1 << 20
 
 
-class TFRecordFeatures(BaseModel):
+class TFRecordFeatures(RowNames):
     """The names of the features in each `tf.train.Example`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    noun: ClassVar[str] = "Feature"
+    section: ClassVar[str] = "features"
 
     image: str = Field("image/encoded", description="The encoded image (bytes).")
-    image_id: str = Field("image_id", description="The id of the image (bytes, UTF-8; or int64).")
-    item_id: str | None = Field(
-        None, description="The id of the item that the image shows; default: the image's own id."
-    )
-    metadata: dict[str, str] = Field(
-        default_factory=dict,
-        description="Metadata column to feature name, where the two differ.",
-    )
 
 
 class TFRecordSource(ImageSource):
@@ -60,42 +56,50 @@ class TFRecordSource(ImageSource):
     def read(
         self, shard: ImageShard, metadata: Mapping[str, str]
     ) -> Iterator[ImageRecord | UnreadableRegion]:
-        """Yields the records of a file; what follows broken framing is one unreadable region."""
-        for row, item in enumerate(self._read_frames(shard.path)):
-            if isinstance(item, str):
-                yield UnreadableRegion(shard.name, item)
-            elif isinstance(item, ImageError):
+        """Yields the records of a file, those behind broken framing too.
+
+        A row is the number of a record among those found; a stretch without framing has none.
+        """
+        row = 0
+        for item in self._read_frames(shard.path, shard.name):
+            if isinstance(item, UnreadableRegion):
+                yield item
+                continue
+            if isinstance(item, ImageError):
                 yield ImageRecord(None, shard.name, row, error=item)
             else:
                 yield self._parse(item, shard.name, row, metadata)
+            row += 1
 
     def fetch(self, source_shard: str, rows: Sequence[int]) -> dict[int, bytes]:
         """Reads the file up to the last wanted record, parsing only the wanted ones."""
         path = storage.join(self.base, source_shard.removeprefix(f"{self.label}/"))
-        wanted, found = set(rows), {}
-        for row, item in enumerate(self._read_frames(path)):
-            if row in wanted and isinstance(item, bytes):
-                found[row] = self._parse(item, source_shard, row, {}).data
-            if row >= max(wanted):
-                break
+        wanted = set(rows)
+        found: dict[int, bytes] = {}
+        try:
+            frames = self._read_frames(path, source_shard)
+            records = (item for item in frames if not isinstance(item, UnreadableRegion))
+            for row, item in enumerate(records):
+                if row in wanted and isinstance(item, bytes):
+                    found[row] = self._parse(item, source_shard, row, {}).data
+                if row >= max(wanted):
+                    break
+        except FileNotFoundError:  # the file was replaced since
+            pass
         return found
 
-    def _read_frames(self, path: str) -> Iterator[bytes | ImageError | str]:
-        """Yields payloads; an ImageError for a damaged one, a text where the framing is lost."""
+    def _read_frames(
+        self, path: str, source_shard: str
+    ) -> Iterator[bytes | ImageError | UnreadableRegion]:
+        """Yields payloads; an ImageError for a damaged one, a region where the framing is lost."""
         with storage.open_binary(path) as file:
-            try:
-                yield from _frames(self._decompressed(file))
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                yield f"The gzip stream of {path} is damaged: {error}"
-
-    def _decompressed(self, file: BinaryIO) -> BinaryIO:
-        head = file.read(_HEADER_BYTES)
-        file.seek(0)
-        packed = self.compression == "gzip" or (
-            # The length of a plain first record may happen to spell gzip's magic number.
-            self.compression == "auto" and head.startswith(_GZIP_MAGIC) and not _valid_header(head)
-        )
-        return gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[return-value]
+            head = file.read(_HEADER_BYTES)
+            file.seek(0)
+            packed = self.compression == "gzip" or (
+                # The length of a plain first record may happen to spell gzip's magic number.
+                self.compression == "auto" and head.startswith(GZIP_MAGIC) and not _valid_header(head)
+            )
+            yield from _frames(ByteStream(file, packed), source_shard, path)
 
     def _parse(
         self, payload: bytes, source_shard: str, row: int, metadata: Mapping[str, str]
@@ -108,63 +112,165 @@ class TFRecordSource(ImageSource):
         except DecodeError as error:
             problem = ImageError("not_an_example", f"The record is no tf.train.Example: {error}")
             return ImageRecord(None, source_shard, row, error=problem)
-        image_id: str | None = None
-        try:
-            image_id = _text(features, self.features.image_id)
-            if not image_id:
-                raise ImageError(
-                    "missing_id",
-                    f"Feature {self.features.image_id!r} holds no id; the record has "
-                    f"{sorted(features)}. Set images.sources.features.image_id.",
-                )
-            item = _text(features, self.features.item_id) if self.features.item_id else None
-            columns = {
-                name: _value(features, self.features.metadata.get(name, name), kind)
-                for name, kind in metadata.items()
-            }
-            images = (
-                features[self.features.image].bytes_list.value
-                if (self.features.image in features)
-                else ()
-            )
+        name = self.features.image
+
+        def image() -> bytes:
+            images = features[name].bytes_list.value if name in features else ()
             if not images:
-                raise ImageError(
-                    "missing_image",
-                    f"Feature {self.features.image!r} holds no image; the record has "
-                    f"{sorted(features)}. Set images.sources.features.image.",
-                )
-        except ImageError as error:
-            return ImageRecord(image_id or None, source_shard, row, error=error)
-        return ImageRecord(image_id, source_shard, row, images[0], item, columns)
+                raise ImageError("missing_image", self.features.lacks(found, "image", name, "image"))
+            return bytes(images[0])
+
+        found = FoundRow(
+            source_shard, row, lambda name: _first_value(features, name), image, lambda: features
+        )
+        return self.features.record(found, metadata)
 
 
-def _frames(file: BinaryIO) -> Iterator[bytes | ImageError | str]:
-    position = 0
-    while head := file.read(_HEADER_BYTES):
+def _first_value(features: Any, name: str) -> Any:
+    if name not in features:
+        return None
+    feature = features[name]
+    values = feature.bytes_list.value or feature.int64_list.value or feature.float_list.value or [None]
+    return values[0]
+
+
+def _frames(
+    stream: ByteStream, source_shard: str, path: str
+) -> Iterator[bytes | ImageError | UnreadableRegion]:
+    while head := stream.peek(_HEADER_BYTES):
+        start = lost = stream.position
         if not _valid_header(head):
-            yield (
-                f"The framing is lost at byte {position}: "
-                + ("the file ends inside a record" if len(head) < _HEADER_BYTES else
-                   "the length of the record does not match its checksum")
-            )  # fmt: skip
-            return
-        length = int.from_bytes(head[:8], "little")
-        body = file.read(length + _FOOTER_BYTES)
-        if len(body) < length + _FOOTER_BYTES:
-            yield f"The file ends inside the record at byte {position} ({length} bytes long)"
-            return
-        payload = body[:length]
-        position += _HEADER_BYTES + length + _FOOTER_BYTES
-        if struct.unpack("<I", body[length:])[0] == _masked_crc(payload):
-            yield payload
+            problem = (
+                "the file ends inside a record"
+                if len(head) < _HEADER_BYTES
+                else "the length of the record does not match its checksum"
+            )
+            stream.skip(1)
         else:
-            yield ImageError("corrupt_record", "The content of the record does not match its checksum.")
+            length = int.from_bytes(head[:8], "little")
+            payload = stream.peek(length, _HEADER_BYTES)
+            footer = stream.peek(_FOOTER_BYTES, _HEADER_BYTES + length)
+            whole = _HEADER_BYTES + length + _FOOTER_BYTES
+            if len(footer) < _FOOTER_BYTES:
+                problem = f"the file ends inside the record ({length} bytes long)"
+                stream.skip(1)
+            elif _matches(payload, footer):
+                yield payload
+                stream.skip(whole)
+                continue
+            else:
+                yield ImageError(
+                    "corrupt_record", "The content of the record does not match its checksum."
+                )
+                behind = stream.peek(_HEADER_BYTES, whole)
+                if not behind or _valid_header(behind):
+                    stream.skip(whole)
+                    continue
+                # Bytes are missing or too many in it, so that the next one may begin inside.
+                problem = "no record begins behind one that does not match its checksum"
+                stream.skip(_HEADER_BYTES)
+                lost = start + whole
+        found = _seek_record(stream)
+        yield _region(stream, source_shard, path, min(lost, stream.position), problem, found)
+        if not found:
+            return
+    if stream.damage:
+        yield _region(stream, source_shard, path, stream.position, "", False)
+
+
+def _region(
+    stream: ByteStream, source_shard: str, path: str, lost: int, problem: str, found: bool
+) -> UnreadableRegion:
+    """Describes the bytes from `lost` to where the stream is now."""
+    length = stream.position - lost
+    if found:
+        text = (
+            f"The framing is lost at byte {lost}: {problem}. {length} bytes were passed over up to "
+            f"byte {stream.position}, where the next whole record begins."
+        )
+    elif stream.damage:
+        text = (
+            f"The gzip stream of {path} is damaged: {stream.damage}. Of its content, nothing is read "
+            f"from byte {lost} on ({length} bytes of it could be decompressed)."
+        )
+    else:
+        text = (
+            f"The framing is lost at byte {lost}: {problem}. No whole record follows in the "
+            f"{length} bytes up to the end."
+        )
+    return UnreadableRegion(source_shard, text, lost)
+
+
+def _seek_record(stream: ByteStream) -> bool:
+    """Goes to the next whole record whose checksums hold, or to the end; tells whether one is there."""
+    while True:
+        block = stream.peek(_SCAN_BYTES)
+        base = stream.position
+        for place in _find_headers(block):
+            stream.skip(base + place - stream.position)
+            length = int.from_bytes(stream.peek(8), "little")
+            footer = stream.peek(_FOOTER_BYTES, _HEADER_BYTES + length)
+            payload = stream.peek(length, _HEADER_BYTES)
+            if len(footer) == _FOOTER_BYTES and _matches(payload, footer):
+                return True
+        if len(block) < _SCAN_BYTES:
+            stream.skip(base + len(block) - stream.position)
+            return False
+        # A header may begin in the last bytes of the block.
+        stream.skip(base + len(block) - (_HEADER_BYTES - 1) - stream.position)
+
+
+def _find_headers(block: bytes) -> list[int]:
+    """Returns, ascending, where 8 bytes are a possible length and the next 4 its checksum."""
+    found: list[int] = []
+    for lane in range(4):
+        count = (len(block) - lane) // 4
+        if count < 3:
+            continue
+        words = np.frombuffer(block, "<u4", count, lane)
+        lengths, upper, checksums = words[:-2], words[1:-1], words[2:]
+        # The upper half of a length is zero: that alone leaves next to nothing of most data. Of
+        # zeros it leaves everything, but the checksum of length 0 is a constant.
+        possible = (upper == 0) & (lengths <= _MAX_RECORD_BYTES)
+        possible &= (lengths != 0) | (checksums == _EMPTY_CHECKSUM)
+        places = np.flatnonzero(possible)
+        matching = _checksums_of_lengths(lengths[places]) == checksums[places]
+        found += (places[matching] * 4 + lane).tolist()
+    return sorted(found)
+
+
+def _checksums_of_lengths(lengths: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Returns the masked CRC-32C of many lengths below 2^32, each as 8 bytes.
+
+    A CRC is affine: that of 8 bytes is that of zeros, changed by what each byte contributes alone.
+    """
+    tables = _contributions()
+    crc = np.full(lengths.shape, google_crc32c.value(bytes(8)), np.uint32)
+    for place in range(4):
+        crc ^= tables[place][(lengths >> np.uint32(8 * place)) & np.uint32(0xFF)]
+    masked = (crc >> np.uint32(15)) | (crc << np.uint32(17))
+    return np.asarray(masked + np.uint32(_MASK_DELTA), np.uint32)
+
+
+@functools.cache
+def _contributions() -> NDArray[np.uint32]:
+    """Returns what a byte at one of the first 4 places changes in the CRC of 8 bytes, [4, 256]."""
+    zeros = int(google_crc32c.value(bytes(8)))
+
+    def alone(byte: int, place: int) -> int:
+        return int(google_crc32c.value((byte << 8 * place).to_bytes(8, "little"))) ^ zeros
+
+    return np.array([[alone(byte, place) for byte in range(256)] for place in range(4)], np.uint32)
 
 
 def _valid_header(head: bytes) -> bool:
     if len(head) < _HEADER_BYTES or int.from_bytes(head[:8], "little") > _MAX_RECORD_BYTES:
         return False
-    return bool(struct.unpack("<I", head[8:])[0] == _masked_crc(head[:8]))
+    return _matches(head[:8], head[8:])
+
+
+def _matches(data: bytes, checksum: bytes) -> bool:
+    return bool(struct.unpack("<I", checksum)[0] == _masked_crc(data))
 
 
 def _masked_crc(data: bytes) -> int:
@@ -172,53 +278,4 @@ def _masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-def _text(features: Any, name: str) -> str | None:
-    if name not in features:
-        return None
-    feature = features[name]
-    if feature.int64_list.value:
-        return str(feature.int64_list.value[0])
-    if not feature.bytes_list.value:
-        return None
-    return _decode(feature.bytes_list.value[0], name)
-
-
-def _decode(value: bytes, name: str) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise ImageError("bad_metadata", f"Feature {name!r} is not UTF-8: {error}") from error
-
-
-def _value(features: Any, name: str, kind: str) -> Any:
-    """Returns a metadata value as a Python value of a configured type; None where it is absent."""
-    if name not in features:
-        return None
-    feature = features[name]
-    values = feature.bytes_list.value or feature.int64_list.value or feature.float_list.value or [None]
-    return convert(values[0], name, kind)
-
-
-def convert(value: Any, name: str, kind: str) -> Any:
-    """Converts a found value to a configured type. Raises ImageError `bad_metadata`."""
-    if value is None:
-        return None
-    if isinstance(value, bytes):
-        value = _decode(value, name)
-    try:
-        if kind == "string":
-            return str(value)
-        if kind == "float64":
-            return float(value)
-        number = int(value)
-        if isinstance(value, float) and number != value:
-            raise ValueError("has a fraction")
-        if kind == "bool" and number not in (0, 1):
-            raise ValueError("is neither 0 nor 1")
-        if not -(2**63) <= number < 2**63:
-            raise ValueError("does not fit into 64 bits")
-        return bool(number) if kind == "bool" else number
-    except (ValueError, OverflowError) as error:
-        raise ImageError(
-            "bad_metadata", f"Feature {name!r} is {value!r}, wanted {kind}: {error}"
-        ) from error
+_EMPTY_CHECKSUM = np.uint32(_masked_crc(bytes(8)))
