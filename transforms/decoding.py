@@ -1,76 +1,75 @@
-"""Decoding of one image of any supported format to upright 8-bit RGB."""
+"""Decoding of one image of any supported format to upright 8-bit sRGB."""
 
-import io
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    PngImagePlugin,
-    WebPImagePlugin,
-)
+from typing import Literal, get_args
 
 from index_builder.errors import ImageError
 from transforms import tfio_decoding
-from transforms.pixel_rules import (
-    CORRUPT,
-    EMPTY,
-    ORIENTATION_TAG,
-    TOO_LARGE,
-    TRUNCATED,
-    UNSUPPORTED_FORMAT,
-    Pixels,
-    check_size,
-    orient,
-    to_rgb,
-)
+from transforms.colour_profiles import tiff_profile, to_srgb, webp_profile
+from transforms.dicom_decoding import decode_dicom
+from transforms.image_formats import open_image, sniff_format
+from transforms.jpeg_decoding import decode_jpeg
+from transforms.pillow_decoding import PILLOW_ERRORS, image_error, upright_pixels
+from transforms.pixel_rules import EMPTY, UNSUPPORTED_FORMAT, Pixels, check_size
+from transforms.png_chunks import only_picture
 
 DEFAULT_MAX_PIXELS = 178_956_970
 
-# Pillow's plugins are called themselves: Image.open would try every format that is installed, and
-# has a process-wide size limit of its own.
-_PILLOW: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
-    "jpeg": JpegImagePlugin.JpegImageFile,
-    "png": PngImagePlugin.PngImageFile,
-    "gif": GifImagePlugin.GifImageFile,
-    "bmp": BmpImagePlugin.BmpImageFile,
-    "webp": WebPImagePlugin.WebPImageFile,
-}
-_BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)
-_PNG_BIT_DEPTH_OFFSET = 24
+Truncated = Literal["fail", "accept"]
+DicomFrame = Literal["first", "middle"]
 
-# What Pillow's parsers raise on hostile bytes.
-_PILLOW_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-# The ones of them that a header which ends too early gives.
-_ENDED_EARLY = (EOFError, IndexError, struct.error)
+# Part of the fingerprint; raised when the pixels of an image change that decodes by default.
+# 2: JPEG at reduced size by libjpeg-turbo, ICC profiles applied.
+RULES_VERSION = 2
+
+
+@dataclass(frozen=True)
+class DecodePolicy:
+    """What is decoded, and how, where there is a choice.
+
+    `max_pixels` bounds width x height as the header states it. `truncated` says what becomes of a
+    JPEG, PNG, GIF or BMP that ends too early or, a JPEG, is damaged on the way: a failure, or as
+    much of the picture as there is. `scaled` allows JPEGs to be decoded at a reduced size.
+    `dicom_frame` is the one taken of several.
+    """
+
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    truncated: Truncated = "fail"
+    scaled: bool = True
+    dicom_frame: DicomFrame = "first"
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels is {self.max_pixels} but must be at least 1.")
+        for name, kind in (("truncated", Truncated), ("dicom_frame", DicomFrame)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} but must be one of {', '.join(get_args(kind))}."
+                )
+
+    def fingerprint(self) -> dict[str, object]:
+        """What changes the pixels of an image that decodes; JSON-able."""
+        return {
+            "scaled_decoding": self.scaled,
+            "dicom_frame": self.dicom_frame,
+            "decode_rules": RULES_VERSION,
+        }
+
+    def admission(self) -> dict[str, object]:
+        """What only decides whether an image is taken; JSON-able."""
+        return {"max_pixels": self.max_pixels, "truncated": self.truncated}
+
+
+_DEFAULT_POLICY = DecodePolicy()
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
-    """One image as it is displayed: pixels uint8 [height, width, 3], RGB, upright.
+    """One image as it is displayed: pixels uint8 [h, w, 3], sRGB, upright.
 
-    `format` is one of jpeg, png, gif, bmp, webp, tiff, dicom.
+    `width` and `height` are those of the whole upright image; the pixels may be fewer, in the same
+    proportions. `format` is one that `image_formats.sniff_format` names.
     """
 
     pixels: Pixels
@@ -79,34 +78,20 @@ class DecodedImage:
     format: str
 
 
-def sniff_format(data: bytes) -> str | None:
-    """The format that the first bytes announce, or None when they are no known image."""
-    if data[128:132] == b"DICM":  # First: the 128 bytes before may be those of a TIFF header.
-        return "dicom"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "gif"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "webp"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "tiff"
-    if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADER_BYTES:
-        return "bmp"
-    return None
-
-
-def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage:
+def decode_image(
+    data: bytes,
+    policy: DecodePolicy = _DEFAULT_POLICY,
+    needed: Callable[[int, int], tuple[int, int]] | None = None,
+) -> DecodedImage:
     """Decodes one image, the first frame of an animation; safe to call from several threads.
 
-    `max_pixels` bounds width x height as the header states it, before anything is decoded.
+    `needed(width, height)` of the upright image gives the (width, height) that its pixels must not
+    fall below, at most its own; a policy of scaled decoding uses it. None: all pixels.
 
     Raises:
         ImageError: `empty`, `unsupported_format`, `truncated`, `corrupt` or `too_large`.
             Bad bytes raise nothing else.
-        KithError: tensorflow-io, which decodes WebP, TIFF and DICOM, cannot be loaded.
+        KithError: a decoder that the format needs cannot be loaded.
     """
     if not data:
         raise ImageError(EMPTY, "The image has zero bytes.")
@@ -117,57 +102,41 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decode
             f"The bytes begin with {data[:8].hex(' ')}, which is no image that Kith knows.",
         )
     try:
-        pixels = _decode(data, name, max_pixels)
-    except _PILLOW_ERRORS as error:
-        raise _image_error(name, error) from error
+        if name == "jpeg":
+            pixels, (width, height) = decode_jpeg(
+                data,
+                policy.max_pixels,
+                needed if policy.scaled else None,
+                accept_truncated=policy.truncated == "accept",
+            )
+            return DecodedImage(pixels, width, height, name)
+        pixels = _decode(data, name, policy)
+    except PILLOW_ERRORS as error:
+        raise image_error(name, error) from error
     height, width = pixels.shape[:2]
     return DecodedImage(pixels, width, height, name)
 
 
-def _decode(data: bytes, name: str, max_pixels: int) -> Pixels:
+def _decode(data: bytes, name: str, policy: DecodePolicy) -> Pixels:
     if name == "webp":
         header = tfio_decoding.read_webp_header(data)
-        check_size(header.width, header.height, max_pixels)
+        check_size(header.width, header.height, policy.max_pixels)
         if not header.animated:
-            return tfio_decoding.decode_webp(data, header)
+            return to_srgb(tfio_decoding.decode_webp(data, header), webp_profile(data))
     if name == "tiff":
-        return tfio_decoding.decode_tiff(data, max_pixels)
+        return to_srgb(tfio_decoding.decode_tiff(data, policy.max_pixels), tiff_profile(data))
     if name == "dicom":
-        return tfio_decoding.decode_dicom(data, max_pixels)
-    return _decode_with_pillow(data, name, max_pixels)
-
-
-def _decode_with_pillow(data: bytes, name: str, max_pixels: int) -> Pixels:
-    with _PILLOW[name](io.BytesIO(data)) as image:
-        check_size(image.width, image.height, max_pixels)
-        image.load()
-        if name == "png" and data[_PNG_BIT_DEPTH_OFFSET] == 16:
-            _keep_high_byte_of_transparency(image)
-        return orient(to_rgb(image), _exif_orientation(image))
-
-
-def _keep_high_byte_of_transparency(image: Image.Image) -> None:
-    """Pillow reduces 16-bit colours to their high byte, but not the transparent colour."""
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
-
-
-def _exif_orientation(image: Image.Image) -> object:
-    """The orientation tag; unreadable EXIF counts as none, for the pixels are sound."""
+        return decode_dicom(data, policy.max_pixels, policy.dicom_frame)
     try:
-        return image.getexif().get(ORIENTATION_TAG)
-    except _PILLOW_ERRORS:
-        return None
+        return _decode_with_pillow(data, name, policy)
+    except PILLOW_ERRORS:
+        if name != "png":
+            raise
+    # Damage beside the picture, in a text or a time, costs no picture.
+    return _decode_with_pillow(only_picture(data), name, policy)
 
 
-def _image_error(name: str, error: Exception) -> ImageError:
-    text = str(error) or type(error).__name__
-    root = error.__cause__ or error  # Pillow wraps what its header parsers raise.
-    if isinstance(error, MemoryError | Image.DecompressionBombError):
-        reason = TOO_LARGE
-    elif isinstance(root, _ENDED_EARLY) or "truncated" in text.lower():
-        reason = TRUNCATED
-    else:
-        reason = CORRUPT
-    return ImageError(reason, f"The {name} image cannot be decoded: {text}")
+def _decode_with_pillow(data: bytes, name: str, policy: DecodePolicy) -> Pixels:
+    with open_image(name, data) as image:
+        check_size(image.width, image.height, policy.max_pixels)
+        return upright_pixels(image, accept_truncated=policy.truncated == "accept")

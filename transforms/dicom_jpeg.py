@@ -3,8 +3,6 @@
 DCMTK waits without end for the rest of a stream whose frame header or scan is missing.
 """
 
-from collections.abc import Sequence
-
 from index_builder.errors import ImageError
 from transforms.pixel_rules import CORRUPT
 
@@ -16,24 +14,12 @@ _SEGMENTS = frozenset((0xC4, 0xCC, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _SCAN, _START, _END = 0xDA, 0xD8, b"\xff\xd9"
 
 
-def check_jpeg_streams(
-    fragments: Sequence[bytes], frames: int, width: int, height: int, samples: int
-) -> None:
-    """Refuses streams that are not whole JPEG images of the size that the DICOM header states.
-
-    `fragments` are those after the offset table: one a frame, or several of a single frame.
+def check_jpeg_stream(stream: bytes, width: int, height: int, samples: int) -> None:
+    """Refuses a stream that is no whole JPEG image of the size that the DICOM header states.
 
     Raises:
         ImageError: `corrupt`.
     """
-    streams = [b"".join(fragments)] if frames == 1 else list(fragments)
-    if len(streams) != frames:
-        raise ImageError(CORRUPT, f"The dicom image has {len(streams)} streams, wanted {frames}.")
-    for stream in streams:
-        _check_stream(stream, width, height, samples)
-
-
-def _check_stream(stream: bytes, width: int, height: int, samples: int) -> None:
     if stream[:2] != bytes((0xFF, _START)) or _END not in stream[-4:]:
         raise ImageError(CORRUPT, "The dicom image holds a JPEG stream without its start or end.")
     framed, offset = False, 2

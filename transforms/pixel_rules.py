@@ -18,19 +18,17 @@ ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
-def check_size(width: int, height: int, max_pixels: int, frames: int = 1) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
     """Refuses an image by the size that its header states, before any pixel is decoded.
 
     Raises:
         ImageError: `corrupt` for a size below one, `too_large` above `max_pixels`.
     """
-    if width < 1 or height < 1 or frames < 1:
+    if width < 1 or height < 1:
         raise ImageError(CORRUPT, f"The header states {width} x {height} pixels.")
-    if width * height * frames > max_pixels:
-        of_frames = f" x {frames} frames" if frames > 1 else ""
+    if width * height > max_pixels:
         raise ImageError(
-            TOO_LARGE,
-            f"The header states {width} x {height}{of_frames} pixels, more than {max_pixels}.",
+            TOO_LARGE, f"The header states {width} x {height} pixels, more than {max_pixels}."
         )
 
 

@@ -52,18 +52,50 @@ class Preprocessing:
                 f"{', '.join(get_args(Interpolation))}."
             )
 
-    def apply(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resizes one image, uint8 [h, w, 3], to uint8 [height, width, 3]."""
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) to which an image may be reduced beforehand; never larger than it.
+
+        What is left covers the encoder's input pixel for pixel. `nearest` picks single pixels of the
+        whole image, so it needs all of them.
+        """
+        wanted_height, wanted_width = self.input_size
+        if self.interpolation == "nearest":
+            return width, height
+        if self.resize == "stretch":
+            return min(wanted_width, width), min(wanted_height, height)
+        by_width = wanted_width * height >= wanted_height * width  # The larger scale of the two.
+        if by_width == (self.resize == "crop"):
+            wanted_height = -(-wanted_width * height // width)
+        else:
+            wanted_width = -(-wanted_height * width // height)
+        return min(wanted_width, width), min(wanted_height, height)
+
+    def apply(
+        self, pixels: NDArray[np.uint8], full_size: tuple[int, int] | None = None
+    ) -> NDArray[np.uint8]:
+        """Resizes one image, uint8 [h, w, 3], to uint8 [height, width, 3].
+
+        `full_size` is the (width, height) of the image before it was reduced, when it was: the
+        same part of it is taken as of the whole.
+        """
         height, width = self.input_size
         image = Image.fromarray(pixels)
+        full = full_size or image.size
         resample = _RESAMPLING[self.interpolation]
         if self.resize == "crop":
-            box = centre_box(image.size, (width, height))
+            left, top, right, bottom = centre_box(full, (width, height))
+            across, down = image.width / full[0], image.height / full[1]
+            box = (
+                left * across,
+                top * down,
+                min(right * across, image.width),
+                min(bottom * down, image.height),
+            )
             resized = image.resize((width, height), resample, box=box)
         elif self.resize == "stretch":
             resized = image.resize((width, height), resample)
         else:
-            resized = _pad(image, (width, height), resample)
+            resized = _pad(image, full, (width, height), resample)
         return np.array(resized)
 
     def fingerprint(self) -> dict[str, object]:
@@ -91,10 +123,12 @@ def centre_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, f
     return left, top, min(left + box_width, width), min(top + box_height, height)
 
 
-def _pad(image: Image.Image, target: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    scale = min(target[0] / image.width, target[1] / image.height)
-    width = min(max(round(image.width * scale), 1), target[0])
-    height = min(max(round(image.height * scale), 1), target[1])
+def _pad(
+    image: Image.Image, full: tuple[int, int], target: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    scale = min(target[0] / full[0], target[1] / full[1])
+    width = min(max(round(full[0] * scale), 1), target[0])
+    height = min(max(round(full[1] * scale), 1), target[1])
     canvas = Image.new("RGB", target, WHITE)
     offset = ((target[0] - width) // 2, (target[1] - height) // 2)
     canvas.paste(image.resize((width, height), resample), offset)

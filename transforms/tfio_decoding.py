@@ -1,4 +1,4 @@
-"""WebP, TIFF and DICOM through tensorflow-io, with headers read before anything is decoded.
+"""WebP and TIFF through tensorflow-io, with headers read before anything is decoded.
 
 tensorflow-io answers bytes that it cannot decode with an error, or with an empty array and no
 error; both become ImageError.
@@ -6,8 +6,8 @@ error; both become ImageError.
 
 import functools
 import io
+import re
 import struct
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from index_builder.errors import ImageError, KithError
-from transforms.dicom_header import read_dicom_header
 from transforms.encoders.keras_runtime import import_tensorflow
 from transforms.pixel_rules import (
     CORRUPT,
@@ -30,6 +29,7 @@ from transforms.pixel_rules import (
     composite_on_white,
     orient,
     premultiplied_on_white,
+    to_rgb,
 )
 
 _WEBP_ANIMATION_FLAG = 0x02
@@ -39,11 +39,13 @@ _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS = 256, 257, 258
 # (offsets, byte counts) of strips and of tiles.
 _TIFF_DATA_TAGS = ((273, 279), (324, 325))
 
-# Three samples of 32 bits, and as much again for everything else in the file.
-_MAX_BYTES_PER_PIXEL = 24
+_TIFF_SAMPLES, _TIFF_EXTRA, _TIFF_SAMPLE_FORMAT = 277, 338, 339
+_UNSIGNED, _NO_FORMAT = 1, 4
 
-# DCMTK, under tensorflow-io, registers its codecs process-wide.
-_dicom_lock = threading.Lock()
+_LIBTIFF_BITS = (1, 2, 4, 8, 16)
+
+# What wraps an error text of TensorFlow.
+_GRAPH_NOISE = re.compile(r"\{\{.*?\}\}\s*|\s*\[Op:.*\]")
 
 
 @functools.cache
@@ -121,7 +123,7 @@ def _webp_chunk_size(kind: bytes, body: bytes) -> tuple[int, int] | None:
 
 
 def decode_webp(data: bytes, header: WebPHeader) -> Pixels:
-    """Decodes a still WebP, already found small enough, to upright uint8 [h, w, 3]."""
+    """Decodes a still WebP that has already been found small enough, to upright uint8 [h, w, 3]."""
     rgba = _run("webp", import_tensorflow_io().image.decode_webp, data)
     return orient(composite_on_white(rgba), _exif_orientation(header.exif))
 
@@ -139,25 +141,76 @@ def _exif_orientation(exif: bytes) -> object:
 def decode_tiff(data: bytes, max_pixels: int) -> Pixels:
     """Decodes the first page of a TIFF to upright uint8 [h, w, 3].
 
+    What libtiff does not show, Pillow may.
+
     Raises:
-        ImageError: `truncated`, `corrupt`, `too_large`, or `unsupported_format` for samples of
-            more than 16 bits.
+        ImageError: `truncated`, `corrupt`, `too_large`, or `unsupported_format` for samples that
+            are no unsigned whole numbers of up to 16 bits.
     """
     tags = _read_tiff_tags(data)
     width, height = _whole(tags.get(_TIFF_WIDTH)), _whole(tags.get(_TIFF_HEIGHT))
     check_size(width, height, max_pixels)
-    bits = max((_whole(value) for value in _values(tags.get(_TIFF_BITS, 1))), default=1)
-    if bits > 16:
-        raise ImageError(
-            UNSUPPORTED_FORMAT, f"The tiff image has {bits}-bit samples, at most 16 are read."
-        )
+    _check_tiff_samples(tags)
     for offsets_tag, counts_tag in _TIFF_DATA_TAGS:
         ranges = zip(_values(tags.get(offsets_tag)), _values(tags.get(counts_tag)), strict=False)
         if any(_whole(offset) + _whole(count) > len(data) for offset, count in ranges):
             raise ImageError(TRUNCATED, f"The tiff image ends after {len(data)} bytes.")
-    rgba = _run("tiff", import_tensorflow_io().experimental.image.decode_tiff, data)
+    samples = _whole(tags.get(_TIFF_SAMPLES, 1))
+    # libtiff shows grey with alpha without the alpha.
+    if samples == 2 or _tiff_bits(tags) not in _LIBTIFF_BITS:
+        return _tiff_with_pillow(data, max_pixels)
+    try:
+        rgba = _run("tiff", import_tensorflow_io().experimental.image.decode_tiff, data)
+    except ImageError as error:
+        if error.reason != CORRUPT:
+            raise
+        return _tiff_with_pillow(data, max_pixels)
     orientation = tags.get(ORIENTATION_TAG)
-    return orient(premultiplied_on_white(_undo_libtiff(rgba, orientation)), orientation)
+    stored = _undo_libtiff(rgba, orientation)
+    return orient(_tiff_on_white(stored, samples, _values(tags.get(_TIFF_EXTRA))), orientation)
+
+
+def _tiff_bits(tags: TiffImagePlugin.ImageFileDirectory_v2) -> int:
+    return max((_whole(value) for value in _values(tags.get(_TIFF_BITS, 1))), default=1)
+
+
+def _check_tiff_samples(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
+    bits = _tiff_bits(tags)
+    formats = {_whole(value) for value in _values(tags.get(_TIFF_SAMPLE_FORMAT, _UNSIGNED))}
+    if bits > 16 or not formats <= {_UNSIGNED, _NO_FORMAT}:
+        kind = "unsigned" if formats <= {_UNSIGNED, _NO_FORMAT} else "signed or floating-point"
+        raise ImageError(
+            UNSUPPORTED_FORMAT,
+            f"The tiff image has {kind} samples of {bits} bits; unsigned ones of at most 16 bits "
+            "are read, for others have no stated range.",
+        )
+
+
+def _tiff_on_white(rgba: Pixels, samples: int, extra: tuple[Any, ...]) -> Pixels:
+    """Libtiff multiplies colours by an alpha that the file calls unassociated, and no other."""
+    if samples < 4 or (extra and not _whole(extra[0])):
+        return np.ascontiguousarray(rgba[..., :3])  # Extra samples of no stated meaning.
+    return premultiplied_on_white(rgba) if extra else composite_on_white(rgba)
+
+
+def _tiff_with_pillow(data: bytes, max_pixels: int) -> Pixels:
+    """The first page, which Pillow turns upright itself; its errors go to the caller."""
+    try:
+        image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    except SyntaxError as error:
+        if "unknown" not in str(error):
+            raise
+        raise ImageError(
+            UNSUPPORTED_FORMAT, f"The tiff image has pixels of a kind that is not read: {error}"
+        ) from error
+    with image:
+        check_size(image.width, image.height, max_pixels)
+        layout = image.tile[0].args
+        is_12_bit = isinstance(layout, tuple) and layout[0] == "I;12"
+        image.load()
+        if is_12_bit:
+            return np.repeat((np.asarray(image)[..., None] >> 4).astype(np.uint8), 3, axis=2)
+        return to_rgb(image)
 
 
 def _read_tiff_tags(data: bytes) -> TiffImagePlugin.ImageFileDirectory_v2:
@@ -212,67 +265,29 @@ def _undo_libtiff(rgba: Pixels, orientation: object) -> Pixels:
     return rgba
 
 
-def decode_dicom(data: bytes, max_pixels: int) -> Pixels:
-    """Decodes the first frame of a DICOM file to uint8 [h, w, 3].
-
-    Colour is scaled by its full range and 8-bit grey is kept; other grey is stretched so that the
-    frame's smallest value is black and its largest white.
-    """
-    header = read_dicom_header(data, max_pixels * _MAX_BYTES_PER_PIXEL)
-    check_size(header.width, header.height, max_pixels, header.frames)
-    data = data[: header.end]  # DCMTK would go on to read what follows the picture.
-    frame = _dicom_frame(data, "uint8", "auto")
-    if frame.shape[2] == 3:
-        return np.ascontiguousarray(frame)
-    if header.bits_stored != 8:
-        frame = _stretch(_dicom_frame(data, "float32", "preserve"))
-    return np.repeat(frame, 3, axis=2)
-
-
-def _dicom_frame(data: bytes, dtype: str, scale: str) -> NDArray[Any]:
-    """Frame 0, [h, w, 1 or 3], of the given type."""
-    tf = import_tensorflow()
-    decode = import_tensorflow_io().image.decode_dicom_image
-    with _dicom_lock:
-        frames = _run_any(
-            "dicom", decode, data,
-            color_dim=True, on_error="lossy", scale=scale, dtype=tf.as_dtype(dtype),
-        )  # fmt: skip
-    if frames.ndim != 4 or frames.size == 0 or frames.shape[3] not in (1, 3):
-        raise ImageError(
-            CORRUPT,
-            "The dicom image cannot be decoded: tensorflow-io found no picture in it, or one in a "
-            "compression that it does not read.",
-        )
-    frame: NDArray[Any] = frames[0]
-    return frame
-
-
-def _stretch(frame: NDArray[np.float32]) -> Pixels:
-    """Maps the frame's range to 0..255, rounded; a frame of one value becomes black."""
-    values = frame.astype(np.float64)
-    low, high = values.min(), values.max()
-    if high == low:
-        return np.zeros(frame.shape, np.uint8)
-    stretched: Pixels = np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
-    return stretched
-
-
 def _run(name: str, operation: Callable[..., Any], data: bytes) -> Pixels:
     """Runs a decoder that returns uint8 [h, w, 4]."""
-    rgba = _run_any(name, operation, data)
+    rgba = run_operation(name, operation, data)
     if rgba.ndim != 3 or rgba.size == 0 or rgba.shape[2] != 4:
         raise ImageError(CORRUPT, f"The {name} image cannot be decoded: no pixels came out.")
     pixels: Pixels = rgba
     return pixels
 
 
-def _run_any(name: str, operation: Callable[..., Any], data: bytes, **options: Any) -> NDArray[Any]:
+def run_operation(
+    name: str, operation: Callable[..., Any], data: bytes, **options: Any
+) -> NDArray[Any]:
+    """Runs an operation of tensorflow-io on an image of the format `name`.
+
+    Raises:
+        ImageError: `corrupt` or `too_large`.
+    """
     tf = import_tensorflow()
     try:
         result: NDArray[Any] = operation(data, **options).numpy()
     except tf.errors.ResourceExhaustedError as error:
         raise ImageError(TOO_LARGE, f"The {name} image does not fit in memory.") from error
     except tf.errors.OpError as error:
-        raise ImageError(CORRUPT, f"The {name} image cannot be decoded: {error.message}") from error
+        text = _GRAPH_NOISE.sub("", error.message)
+        raise ImageError(CORRUPT, f"The {name} image cannot be decoded: {text}") from error
     return result

@@ -1,16 +1,17 @@
 """Decoding: every format and odd pixel type by its rule, and bad bytes as failures."""
 
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from index_builder.errors import ImageError
 from tests.unit import images_for_tests as make
-from transforms.decoding import decode_image, sniff_format
+from transforms.decoding import DEFAULT_MAX_PIXELS, RULES_VERSION, DecodePolicy, decode_image
+from transforms.image_formats import sniff_format
 
 EACH = make.one_of_each()
 
@@ -128,24 +129,39 @@ def test_bad_bytes_have_a_stable_reason(data: bytes, reason: str) -> None:
 @pytest.mark.parametrize("name", sorted(EACH))
 def test_too_many_pixels_are_refused_before_decoding(name: str) -> None:
     with pytest.raises(ImageError) as caught:
-        decode_image(EACH[name], max_pixels=3)
+        decode_image(EACH[name], DecodePolicy(max_pixels=3))
     assert caught.value.reason == "too_large"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_damaged_bytes_raise_nothing_but_image_errors(data: st.DataObject) -> None:
-    content = bytearray(EACH[data.draw(st.sampled_from(sorted(EACH)))])
-    for _ in range(data.draw(st.integers(0, 6))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    content = content[: data.draw(st.integers(0, len(content)))]
-    try:
-        image = decode_image(bytes(content), max_pixels=1 << 20)
-    except ImageError as error:
-        assert error.reason in {"empty", "unsupported_format", "truncated", "corrupt", "too_large"}
-    else:
-        assert image.pixels.dtype == np.uint8
-        assert image.pixels.shape == (image.height, image.width, 3)
+def test_policy_tells_pixels_from_admission() -> None:
+    plain = DecodePolicy()
+    assert plain.fingerprint() == {
+        "scaled_decoding": True,
+        "dicom_frame": "first",
+        "decode_rules": RULES_VERSION,
+    }
+    assert plain.admission() == {"max_pixels": DEFAULT_MAX_PIXELS, "truncated": "fail"}
+    admitting = DecodePolicy(max_pixels=5, truncated="accept")
+    assert admitting.fingerprint() == plain.fingerprint()
+    assert admitting.admission() != plain.admission()
+    for other in (DecodePolicy(scaled=False), DecodePolicy(dicom_frame="middle")):
+        assert other.fingerprint() != plain.fingerprint()
+        assert other.admission() == plain.admission()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_pixels": 0}, {"truncated": "maybe"}, {"dicom_frame": "last"}], ids=str
+)
+def test_wrong_policies_are_refused(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name} is .* but must be"):
+        DecodePolicy(**settings)
+
+
+@pytest.mark.parametrize("name", sorted(set(EACH) - {"jpeg"}))
+def test_only_jpeg_is_decoded_at_a_reduced_size(name: str) -> None:
+    image = decode_image(EACH[name], needed=lambda width, height: (1, 1))
+    np.testing.assert_array_equal(image.pixels, decode_image(EACH[name]).pixels)
 
 
 @pytest.mark.parametrize("name", ["jpeg", "png", "gif", "webp", "tiff", "dicom", "bmp"])
@@ -202,3 +218,48 @@ def test_dicom_with_a_broken_jpeg_inside_is_refused_at_once(marker: bytes) -> No
     jpeg = make.encode(Image.fromarray(grey), "JPEG", quality=95).replace(marker, b"\xff\x01")
     with pytest.raises(ImageError, match="JPEG stream"):
         decode_image(make.dicom_of_jpeg(jpeg, grey.shape))
+
+
+def png_with(chunk: bytes, place: str) -> bytes:
+    data = EACH["png"]
+    at = 33 if place == "before the pixels" else len(data) - 12
+    return data[:at] + chunk + data[at:]
+
+
+LARGE = zlib.compress(bytes(2 << 20))
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "after the pixels"])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"zTXt", b"a\0\0" + LARGE),
+        (b"iTXt", b"a\0\1\0\0\0" + LARGE),
+        (b"iCCP", b"a\0\0" + LARGE),
+        (b"iCCP", b"a\0\0garbage"),
+        (b"iCCP", b""),
+        (b"pHYs", b"ab"),
+        (b"gAMA", b""),
+        (b"cHRM", b"abc"),
+        (b"sRGB", b""),
+        (b"eXIf", b"junk"),
+    ],
+    ids=lambda value: value[:8],
+)
+def test_damage_beside_the_picture_of_a_png_costs_no_picture(kind, body, place) -> None:
+    data = png_with(make.png_chunk(kind, body), place)
+    np.testing.assert_array_equal(decode_image(data).pixels, make.picture())
+
+
+def test_a_png_with_a_damaged_text_keeps_its_orientation_and_profile() -> None:
+    options = {"exif": make.exif_of(6), "icc_profile": make.rgb_profile()}
+    data = make.encode(make.picture(), "PNG", **options)
+    text = make.png_chunk(b"tEXt", b"a\0b")
+    damaged = data[:33] + text[:-1] + bytes([text[-1] ^ 1]) + data[33:]
+    np.testing.assert_array_equal(decode_image(damaged).pixels, decode_image(data).pixels)
+    # The same damage in a chunk of the picture counts.
+    palette = make.encode(Image.fromarray(make.picture()).quantize(8), "PNG")
+    place = palette.index(b"PLTE") + 6
+    with pytest.raises(ImageError) as caught:
+        decode_image(palette[:place] + b"\x77" + palette[place + 1 :])
+    assert caught.value.reason == "corrupt"
