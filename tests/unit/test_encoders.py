@@ -1,8 +1,11 @@
 """Encoders: the same numbers as Keras, verified weights, clear refusals."""
 
+import re
 import shutil
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +18,29 @@ from transforms.encoders.keras_runtime import import_keras
 from transforms.encoders.registry import (
     EncoderSpec,
     check_encoder,
-    encoder_fingerprint,
     encoder_names,
     load_encoder,
+    network_fingerprint,
     resolve_input_size,
 )
 from transforms.preprocessing import Preprocessing
 
-SMALL = {"vgg16": (64, 64), "resnet50": (64, 64), "inception_v3": (96, 96)}
-CLASSES = {"vgg16": "VGG16", "resnet50": "ResNet50", "inception_v3": "InceptionV3"}
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "vgg16": (64, 64),
+    "resnet50": (64, 64),
+    "inception_v3": (96, 96),
+    "efficientnet_b0": (64, 32),
+    "convnext_tiny": (32, 32),
+}
+CLASSES = {
+    "vgg16": "VGG16",
+    "resnet50": "ResNet50",
+    "inception_v3": "InceptionV3",
+    "efficientnet_b0": "EfficientNetB0",
+    "convnext_tiny": "ConvNeXtTiny",
+}
+MODULES = {"efficientnet_b0": "efficientnet", "convnext_tiny": "convnext"}
 
 
 def batch(size: tuple[int, int], count: int = 3) -> np.ndarray:
@@ -35,14 +52,21 @@ def reference(name: str, images: np.ndarray, pooling: str | None) -> np.ndarray:
     keras.utils.set_random_seed(7)
     build = getattr(keras.applications, CLASSES[name])
     model = build(include_top=False, weights=None, input_shape=images.shape[1:], pooling=pooling)
-    module = getattr(keras.applications, name)
+    module = getattr(keras.applications, MODULES.get(name, name))
     prepared = module.preprocess_input(images.astype(np.float32))
     return np.asarray(model.predict(prepared, verbose=0)).reshape(len(images), -1)
 
 
 @pytest.mark.parametrize(
     ("name", "pooling"),
-    [("vgg16", "avg"), ("vgg16", "flatten"), ("resnet50", "max"), ("inception_v3", "avg")],
+    [
+        ("vgg16", "avg"),
+        ("vgg16", "flatten"),
+        ("resnet50", "max"),
+        ("inception_v3", "avg"),
+        ("efficientnet_b0", "avg"),
+        ("convnext_tiny", "max"),
+    ],
 )
 def test_equals_keras(name: str, pooling: str) -> None:
     size = SMALL[name]
@@ -54,7 +78,9 @@ def test_equals_keras(name: str, pooling: str) -> None:
 
 def test_default_sizes_are_the_networks_own() -> None:
     sizes = {
-        name: resolve_input_size(EncoderSpec(name)) for name in encoder_names() if name != "custom"
+        name: resolve_input_size(EncoderSpec(name, weights="random"))
+        for name in encoder_names()
+        if name != "custom"
     }
     assert sizes["efficientnet_lite0"] == sizes["vgg16"] == sizes["resnet50"] == (224, 224)
     assert sizes["inception_v3"] == (299, 299)
@@ -146,19 +172,92 @@ def test_missing_imagenet_weights_name_the_remedy(tmp_path, monkeypatch) -> None
 
 
 def test_fingerprint_follows_what_decides_the_vectors(tmp_path) -> None:
-    plain = Preprocessing((224, 224))
+    weights = tmp_path / "w.weights.h5"
+    weights.write_bytes(b"one")
     specs = [
         EncoderSpec("vgg16"),
         EncoderSpec("vgg16", pooling="max"),
         EncoderSpec("vgg16", weights="random"),
         EncoderSpec("vgg16", weights="random", seed=1),
+        EncoderSpec("vgg16", weights=str(weights)),
         EncoderSpec("resnet50"),
         EncoderSpec("efficientnet_lite0"),
+        EncoderSpec("efficientnet_lite0", weights=str(weights)),
+        EncoderSpec("efficientnet_lite0_pytorch", weights=str(weights)),
     ]
-    prints = {str(encoder_fingerprint(spec, plain)) for spec in specs}
-    prints.add(str(encoder_fingerprint(specs[0], Preprocessing((224, 224), "pad"))))
-    assert len(prints) == len(specs) + 1
-    assert encoder_fingerprint(specs[0], plain) == encoder_fingerprint(EncoderSpec("vgg16"), plain)
+    prints = {str(network_fingerprint(spec)) for spec in specs}
+    assert len(prints) == len(specs)
+    again = EncoderSpec("vgg16", weights=str(shutil.copy(weights, tmp_path / "copy.weights.h5")))
+    assert str(network_fingerprint(again)) in prints
+    weights.write_bytes(b"two")
+    assert str(network_fingerprint(specs[4])) not in prints
+
+
+def test_fingerprints_of_the_published_networks_stay() -> None:
+    """They decide whether last night's vectors are reused."""
+    for name in encoder_names():
+        if name.startswith(("efficientnet_lite0", "custom")):
+            continue
+        assert network_fingerprint(EncoderSpec(name)) == {
+            "encoder": name,
+            "weights": f"keras-applications:{name}:imagenet",
+            "pooling": "avg",
+            "normalisation": name,
+        }
+    assert network_fingerprint(EncoderSpec("efficientnet_lite0"))["weights"] == (
+        "sha256:ddd4b5c35cf9540eba3b4165336bf72ebb97f439adbe688a1edea99d6eb1603a"
+    )
+
+
+def test_checking_any_encoder_imports_no_keras() -> None:
+    code = (
+        "import sys\n"
+        "from transforms.encoders.registry import (\n"
+        "    EncoderSpec, check_encoder, encoder_names, network_fingerprint, resolve_input_size)\n"
+        "names = [name for name in encoder_names() if name != 'custom']\n"
+        "for name in names:\n"
+        "    spec = EncoderSpec(name, weights='random')\n"
+        "    check_encoder(spec), network_fingerprint(spec), resolve_input_size(spec)\n"
+        "assert len(names) == 42, names\n"
+        "assert not {'keras', 'tensorflow', 'h5py'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    """The encoder of docs/adding.md, as it stands there."""
+    text = (ROOT / "docs" / "adding.md").read_text("utf-8")
+    name, code = re.findall(
+        r"Write `transforms/encoders/(\w+)\.py`:\n\n```python\n(.*?)```", text, re.S
+    )[0]
+    module = types.ModuleType(name)
+    exec(compile(code, "docs/adding.md", "exec"), module.__dict__)
+    family = module.FAMILY
+    assert family.name == name
+    assert name not in encoder_names()
+    spec = EncoderSpec(name, weights="random", seed=7, input_size=(64, 64))
+    family.check(spec)
+    assert family.weights_id(spec) == "random:7"
+    network = family.load(spec)
+
+    keras = import_keras()
+    keras.utils.set_random_seed(7)
+    whole = keras.applications.ResNet50(include_top=False, weights=None, input_shape=(64, 64, 3))
+    direct = keras.Model(whole.input, whole.get_layer("conv4_block6_out").output)
+    images = batch((64, 64)).astype(np.float32)
+    wanted = np.asarray(direct(keras.applications.resnet50.preprocess_input(images.copy())))
+    got = np.asarray(network.features(network.normalise(images.copy())))
+    assert got.shape == (3, 4, 4, 1024)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * float(np.abs(wanted).max()))
+
+
+def test_the_documentation_names_every_encoder() -> None:
+    text = (ROOT / "docs" / "adding.md").read_text("utf-8")
+    for first, last in re.findall(r"`(\w+\d)` to `(\w+\d)`", text):
+        stem = first[:-1]
+        numbers = range(int(first[-1]), int(last[-1]) + 1)
+        text += "".join(f"`{stem}{number}`" for number in numbers)
+    assert [name for name in encoder_names() if f"`{name}`" not in text and name != "custom"] == []
 
 
 def test_vgg16_flattened_is_the_textbook_example(tmp_path) -> None:

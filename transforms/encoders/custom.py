@@ -21,7 +21,13 @@ SIGNATURE = "serving_default"
 # The modes of keras.applications.imagenet_utils.preprocess_input.
 KERAS_MODES = ("tf", "torch", "caffe")
 APPLICATIONS = {application.name: application for application in keras_applications.APPLICATIONS}
-PREPROCESSINGS = ("none", *KERAS_MODES, efficientnet_lite0.NAME, *APPLICATIONS)
+PREPROCESSINGS = (
+    "none",
+    *KERAS_MODES,
+    efficientnet_lite0.NAME,
+    efficientnet_lite0.PYTORCH_NAME,
+    *APPLICATIONS,
+)
 
 
 def normaliser(preprocessing: str) -> Any:
@@ -30,6 +36,8 @@ def normaliser(preprocessing: str) -> Any:
         return lambda images: images
     if preprocessing == efficientnet_lite0.NAME:
         return efficientnet_lite0.preprocess_input
+    if preprocessing == efficientnet_lite0.PYTORCH_NAME:
+        return efficientnet_lite0.preprocess_input_pytorch
     if preprocessing in APPLICATIONS:
         return keras_applications.preprocess_input(APPLICATIONS[preprocessing])
     preprocess_input = import_keras().applications.imagenet_utils.preprocess_input
@@ -111,19 +119,26 @@ def _settle_size(spec: EncoderSpec, shape: list[int | None] | None) -> tuple[int
 
 def _load(spec: EncoderSpec) -> Network:
     path = Path(spec.weights).expanduser()
-    features = _saved_model_features(path) if path.is_dir() else _keras_features(path)
+    size = _input_size(spec)
     assert spec.preprocessing is not None  # _check has refused None.
-    return Network(_input_size(spec), normaliser(spec.preprocessing), features, freeze=False)
+    normalise = normaliser(spec.preprocessing)
+    if path.is_dir():
+        return Network(size, normalise, _saved_model_features(path), freeze=False)
+    model = _keras_model(path)
+    return Network(
+        size, normalise, lambda images: model(images, training=False), variables=model.variables
+    )
 
 
-def _keras_features(path: Path) -> Any:
+def _keras_model(path: Path) -> Any:
+    keras = import_keras()
     with output_to_stderr():
         try:
-            model = import_keras().saving.load_model(path, compile=False)
+            model = keras.saving.load_model(path, compile=False)
         except (ValueError, TypeError, OSError, KeyError) as error:
             raise KithError(
                 f"The model {path} cannot be loaded: {error}. Save it with this Keras "
-                f"({import_keras().__version__}), of built-in layers only, or export it as a "
+                f"({keras.__version__}), of built-in layers only, or export it as a "
                 "SavedModel."
             ) from error
     if len(model.inputs) != 1 or len(model.outputs) != 1:
@@ -132,7 +147,11 @@ def _keras_features(path: Path) -> Any:
             "but an encoder has one of each. Save a model from its image input to the layer "
             "that is to be the vector."
         )
-    return lambda images: model(images, training=False)
+    wanted = keras.config.dtype_policy()
+    if wanted.compute_dtype != "float32":
+        for layer in model._flatten_layers(include_self=False):  # the file names float32 for each
+            layer.dtype_policy = wanted
+    return model
 
 
 def _saved_model(path: Path) -> Any:

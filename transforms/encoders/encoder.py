@@ -1,36 +1,48 @@
-"""A loaded encoder: batches of 8-bit images in, float32 vectors out, on TensorFlow."""
+"""A loaded encoder: batches of 8-bit images in, float32 vectors out, on the chosen engine."""
 
-from typing import Any
+import logging
+import threading
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index_builder.errors import KithError
-from transforms.encoders.family import Network
-from transforms.encoders.keras_runtime import import_tensorflow
+from transforms.encoders.engines.engine import Engine, OutOfMemoryError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Encoder:
-    """One network, compiled once for batches of a fixed size; one caller at a time.
+    """One network, compiled for batches of a fixed size.
 
-    `dim` is the length of a vector, `input_size` the (height, width) of the images it takes.
+    `dim` is the length of a vector, `input_size` the (height, width) of the images it takes,
+    `streams` the number of callers that may call `encode` at once and keep the hardware busy.
     """
 
-    def __init__(self, network: Network, pooling: str, batch_size: int) -> None:
+    def __init__(
+        self, compile_engine: Callable[[int], Engine], input_size: tuple[int, int], batch_size: int
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size} but must be at least 1.")
-        self.input_size = network.input_size
+        self.input_size = input_size
         self.batch_size = batch_size
-        self._function = _compile(network, pooling, batch_size)
-        self.dim = int(self._function.outputs[0].shape[-1])
+        self._compile_engine = compile_engine
+        self._lock = threading.Lock()
+        self._engine = self._first_that_fits(batch_size)
+        self.dim = self._engine.dim
+        self.streams = self._engine.streams
 
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encodes uint8 [b, h, w, 3] (RGB, b at most the batch size) to float32 [b, dim].
 
-        The vectors are the network's own, neither normalised nor checked for NaN.
+        The vectors are the network's own, neither normalised nor checked for NaN. A batch that does
+        not fit into the device's memory is halved, now and for all that follow.
 
         Raises:
             ValueError: the images have another shape or type.
+            EncodingError: the engine refuses them.
+            KithError: not even one image fits into the device's memory.
         """
         height, width = self.input_size
         if images.dtype != np.uint8 or images.shape[1:] != (height, width, 3):
@@ -38,63 +50,59 @@ class Encoder:
                 f"images are {images.dtype} {list(images.shape)} but the encoder takes uint8 "
                 f"[b, {height}, {width}, 3]."
             )
-        count = len(images)
-        if count > self.batch_size:
+        if len(images) > self.batch_size:
             raise ValueError(
-                f"images holds {count} images but the encoder was compiled for at most "
+                f"images holds {len(images)} images but the encoder was compiled for at most "
                 f"{self.batch_size}."
             )
-        if count < self.batch_size:
-            padding = np.zeros((self.batch_size - count, height, width, 3), np.uint8)
-            images = np.concatenate([images, padding])
-        outputs = self._function(import_tensorflow().constant(images))
-        vectors: NDArray[np.float32] = outputs[0].numpy()
-        return vectors[:count]
+        while True:
+            engine = self._engine
+            try:
+                return _run_in_batches(engine, images)
+            except OutOfMemoryError as error:
+                self._halve(engine, error)
+
+    def _halve(self, engine: Engine, error: OutOfMemoryError) -> None:
+        with self._lock:
+            if self._engine is engine:  # else another thread has halved it
+                _check_can_halve(engine.batch_size, error)
+                self._engine = self._first_that_fits(engine.batch_size // 2)
+
+    def _first_that_fits(self, batch_size: int) -> Engine:
+        while True:
+            try:
+                return self._compile_engine(batch_size)
+            except OutOfMemoryError as error:
+                _check_can_halve(batch_size, error)
+                batch_size //= 2
 
 
-def _compile(network: Network, pooling: str, batch_size: int) -> Any:
-    """The concrete function from uint8 [batch_size, h, w, 3] to [float32 [batch_size, dim]].
-
-    Frozen where the network allows it: TensorFlow then folds batch normalisation into the
-    convolutions, which made EfficientNet-Lite0 1.5 times faster on two cores.
-    """
-    tf = import_tensorflow()
-
-    def encode(images: Any) -> Any:
-        features = network.features(network.normalise(tf.cast(images, tf.float32)))
-        return [tf.cast(pool(features, pooling), tf.float32)]
-
-    signature = tf.TensorSpec((batch_size, *network.input_size, 3), tf.uint8)
-    function = tf.function(encode, autograph=False).get_concrete_function(signature)
-    if not network.freeze:
-        return function
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2,
+def _check_can_halve(batch_size: int, error: OutOfMemoryError) -> None:
+    if batch_size == 1:
+        raise KithError(
+            "A batch of one image does not fit into the device's memory: "
+            f"{error}. Free memory on the device, or set a smaller encoder or encoder.input_size."
+        ) from error
+    _LOGGER.warning(
+        "A batch of %d images does not fit into the device's memory; going on with batches of %d. "
+        "Set encoder.batch_size to that to save the attempt.",
+        batch_size,
+        batch_size // 2,
     )
 
-    return convert_variables_to_constants_v2(function)
 
-
-def pool(features: Any, pooling: str) -> Any:
-    """Turns a feature map [b, h, w, c] into vectors [b, dim]; vectors [b, dim] stay as they are.
-
-    `flatten` is row-major, as Keras's Flatten.
-
-    Raises:
-        KithError: the network's output has another rank or an unknown size.
-    """
-    tf = import_tensorflow()
-    shape = features.shape
-    if shape.rank not in (2, 4) or None in shape[1:].as_list():
-        raise KithError(
-            f"The encoder's output has shape {shape}, but must be vectors [batch, dim] or a "
-            "feature map [batch, height, width, channels] of known size. Save the model without "
-            "the layers that make it so, and with a fixed input size."
-        )
-    if shape.rank == 2:
-        return features
-    if pooling == "avg":
-        return tf.reduce_mean(features, axis=(1, 2))
-    if pooling == "max":
-        return tf.reduce_max(features, axis=(1, 2))
-    return tf.reshape(features, (shape[0], shape[1] * shape[2] * shape[3]))
+def _run_in_batches(engine: Engine, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Runs full batches of the engine's size, the last one padded with black images."""
+    size = engine.batch_size
+    if len(images) == size:
+        return engine.run(images)
+    vectors = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        if len(batch) < size:
+            padded = np.zeros((size, *images.shape[1:]), np.uint8)
+            padded[: len(batch)] = batch
+            vectors.append(engine.run(padded)[: len(batch)])
+        else:
+            vectors.append(engine.run(batch))
+    return np.concatenate(vectors)

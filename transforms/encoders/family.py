@@ -1,12 +1,12 @@
 """What an encoder is before it is loaded, and what a family of encoders has to say of itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Pooling = Literal["avg", "max", "flatten"]
-POOLINGS: tuple[str, ...] = ("avg", "max", "flatten")
+Pooling = Literal["avg", "max", "gem", "flatten"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class Network:
 
     `features` maps normalised images, a float32 tensor [b, h, w, 3], to a feature map
     [b, h', w', c] or to vectors [b, dim]; `normalise` maps raw 0..255 images to its input.
-    `freeze` says that its variables can be folded into the graph as constants.
+    `freeze` says that its variables can be folded into the graph as constants; `variables` are
+    those of the Keras model, none for a model that is no Keras model.
     """
 
     input_size: tuple[int, int]
     normalise: Callable[[Any], Any]
     features: Callable[[Any], Any]
     freeze: bool = True
+    variables: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)

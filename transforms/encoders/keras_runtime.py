@@ -1,5 +1,7 @@
 """TensorFlow and Keras, imported once, when first needed, and kept quiet.
 
+Keras has one backend a process: TensorFlow, unless the engine that came first was JAX.
+
 Everything that TensorFlow and Keras would print on standard output goes to standard error:
 a worker pool's undrained output freezes it, and `--json` owns standard output.
 """
@@ -26,26 +28,51 @@ def import_tensorflow() -> Any:
     return tensorflow
 
 
-@functools.cache
-def import_keras() -> Any:
-    """The `keras` module on its TensorFlow backend, channels last, float32, no progress bars.
+def require_backend(backend: str) -> None:
+    """Sets Keras's backend where Keras is not imported yet.
 
     Raises:
         KithError: Keras already runs on another backend in this process.
     """
-    import_tensorflow()
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = backend
+    found = import_keras().backend.backend()
+    if found != backend:
+        raise KithError(
+            f"Keras runs on the {found!r} backend in this process, but the encoder's engine needs "
+            f"{backend!r}. Keras has one backend a process: run the other engine in a process of its "
+            "own."
+        )
+
+
+@functools.cache
+def import_keras() -> Any:
+    """The `keras` module: channels last, float32, no progress bars.
+
+    Its backend is TensorFlow unless `require_backend` set another before.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if backend == "tensorflow":
+        import_tensorflow()
     import keras
 
-    if keras.backend.backend() != "tensorflow":
-        raise KithError(
-            f"Keras runs on the {keras.backend.backend()!r} backend, but Kith's encoders need "
-            "'tensorflow'. Unset KERAS_BACKEND, or set it to tensorflow."
-        )
     keras.config.disable_interactive_logging()
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
     return keras
+
+
+@contextlib.contextmanager
+def compute_precision(precision: str) -> Iterator[None]:
+    """Lets the layers that are built inside compute in a precision; their weights stay float32."""
+    config = import_keras().config
+    before = config.dtype_policy()
+    config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
+    try:
+        yield
+    finally:
+        config.set_dtype_policy(before)
 
 
 @contextlib.contextmanager

@@ -6,17 +6,28 @@ A new family is one module that defines an `EncoderFamily`, and one line in `_FA
 from index_builder.errors import ConfigError
 from transforms.encoders import custom, efficientnet_lite0, keras_applications
 from transforms.encoders.encoder import Encoder
+from transforms.encoders.engines.choice import (
+    DEFAULT_CHOICE,
+    EngineChoice,
+    EngineName,
+    Precision,
+    auto_engine,
+    require_engine,
+)
+from transforms.encoders.engines.engine import UnsupportedModelError
+from transforms.encoders.engines.loading import engine_loader
 from transforms.encoders.family import POOLINGS, EncoderFamily, EncoderSpec
-from transforms.preprocessing import Preprocessing
+from transforms.encoders.keras_runtime import require_backend
 
 __all__ = [
     "Encoder",
     "EncoderFamily",
     "EncoderSpec",
     "check_encoder",
-    "encoder_fingerprint",
+    "choose_engine",
     "encoder_names",
     "load_encoder",
+    "network_fingerprint",
     "resolve_input_size",
 ]
 
@@ -24,13 +35,11 @@ _FAMILIES: dict[str, EncoderFamily] = {
     family.name: family
     for family in (
         efficientnet_lite0.FAMILY,
+        efficientnet_lite0.PYTORCH_FAMILY,
         *keras_applications.FAMILIES,
         custom.FAMILY,
     )
 }
-
-ENGINE = "tensorflow"
-PRECISION = "float32"
 
 
 def encoder_names() -> list[str]:
@@ -67,8 +76,8 @@ def resolve_input_size(spec: EncoderSpec) -> tuple[int, int]:
     return _FAMILIES[spec.name].input_size(spec)
 
 
-def encoder_fingerprint(spec: EncoderSpec, preprocessing: Preprocessing) -> dict[str, object]:
-    """What decides whether two vectors are comparable: JSON-able, and made without TensorFlow.
+def network_fingerprint(spec: EncoderSpec) -> dict[str, object]:
+    """What identifies the network and its weights: JSON-able, and made without TensorFlow.
 
     Weights files are identified by content, never by path.
     """
@@ -79,18 +88,37 @@ def encoder_fingerprint(spec: EncoderSpec, preprocessing: Preprocessing) -> dict
         "weights": family.weights_id(spec),
         "pooling": spec.pooling,
         "normalisation": family.preprocessing_id(spec),
-        "engine": ENGINE,
-        "precision": PRECISION,
-        **preprocessing.fingerprint(),
     }
 
 
-def load_encoder(spec: EncoderSpec, batch_size: int) -> Encoder:
+def load_encoder(spec: EncoderSpec, batch_size: int, choice: EngineChoice = DEFAULT_CHOICE) -> Encoder:
     """Loads the network and compiles it for batches of `batch_size` images.
 
     Raises:
         ConfigError: the spec is impossible (see `check_encoder`).
-        KithError: the weights cannot be had, or are not those that the network expects.
+        KithError: this machine cannot honour the choice, the engine cannot run the model, the
+            weights cannot be had, or are not those that the network expects.
     """
     check_encoder(spec)
-    return Encoder(_FAMILIES[spec.name].load(spec), spec.pooling, batch_size)
+    require_engine(choice)
+    require_backend("jax" if choice.engine == "jax" else "tensorflow")
+    family, load_engine = _FAMILIES[spec.name], engine_loader(choice)
+    return Encoder(
+        lambda size: load_engine(lambda: family.load(spec), spec.pooling, size, choice),
+        family.input_size(spec),
+        batch_size,
+    )
+
+
+def choose_engine(spec: EncoderSpec, precision: Precision) -> tuple[EngineName, str]:
+    """Chooses an engine for an encoder on the machine that this runs on, and says why.
+
+    A model of the user's own is compiled for it, for not every engine runs every model.
+    """
+    engine, why = auto_engine()
+    if spec.name == custom.NAME and engine == "openvino":
+        try:
+            load_encoder(spec, 1, EngineChoice(engine, precision))
+        except UnsupportedModelError:
+            return auto_engine(refused=(engine,))
+    return engine, why

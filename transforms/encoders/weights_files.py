@@ -1,12 +1,19 @@
 """Weights on disk: their identity in fingerprints, and the checks before they are loaded."""
 
 import hashlib
+import warnings
 from pathlib import Path
+from typing import Any
 
-from index_builder.errors import ConfigError
+from index_builder.errors import ConfigError, KithError
 from transforms.encoders.family import EncoderSpec
 
 _CHUNK_BYTES = 1 << 20
+# Keras's own messages go on with all the numbers of a layer.
+_SHOWN_CHARACTERS = 200
+
+# An attribute of the HDF5 file; Keras does not look at it.
+_NETWORK_MARK = "kith_network"
 
 
 def sha256_of_file(path: Path) -> str:
@@ -95,3 +102,51 @@ def network_weights_id(spec: EncoderSpec, imagenet: str) -> str:
     if path is not None:
         return file_weights_id(path)
     return imagenet if spec.weights == "imagenet" else f"random:{spec.seed}"
+
+
+def mark_network(path: Path, network: str) -> None:
+    """Writes into a .weights.h5 file for which network it was made."""
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        file.attrs[_NETWORK_MARK] = network
+
+
+def check_network_mark(path: Path, network: str) -> None:
+    """Refuses a file that was made for another network, even where all its shapes would fit.
+
+    A file without a mark passes, and one that is no HDF5 file: loading it says what is wrong.
+
+    Raises:
+        KithError: the file's mark names another network.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            mark = str(file.attrs.get(_NETWORK_MARK, network))
+    except OSError:
+        return
+    if mark != network:
+        raise KithError(
+            f"{path} was made for the network {mark}, but encoder.name is {network}. "
+            f"Set encoder.name: {mark}, or other weights."
+        )
+
+
+def load_weights_file(model: Any, network: str, path: Path, remedy: str) -> None:
+    """Gives a Keras model the weights of a file; `remedy` ends the message where they do not fit.
+
+    Raises:
+        KithError: the file was made for another network, or is damaged.
+    """
+    check_network_mark(path, network)
+    try:
+        with warnings.catch_warnings():
+            # Keras warns of the groups that it looks for beside the layers and does not find.
+            warnings.simplefilter("ignore")
+            model.load_weights(path)
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        what = f"{what[:_SHOWN_CHARACTERS]}..." if len(what) > _SHOWN_CHARACTERS else what.rstrip(".")
+        raise KithError(f"{path} does not hold weights of {network}: {what}. {remedy}") from error

@@ -1,0 +1,1 @@
+"""The engines that run an encoder's network: one module each, behind one interface."""
