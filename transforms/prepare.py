@@ -1,24 +1,51 @@
-"""Decoding and preprocessing ahead of the encoder, on threads, in order."""
+"""Decoding and preprocessing ahead of the encoder, on threads, in order.
 
+A decoder that hangs or ends the process costs its image only. What a dead process had in flight, and
+what a thread does not come back from, is tried again in a process of its own, whose verdict counts.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
+import logging
+import queue
+import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index_builder.errors import ImageError
-from transforms.decoding import decode_image
+from transforms.decode_alone import decode_alone
+from transforms.decoding import DecodePolicy, decode_image
 from transforms.failures import UNREADABLE_REGION, Failure
+from transforms.in_flight import InFlightMarks
 from transforms.preprocessing import Preprocessing
 from transforms.sources.base import ImageRecord, UnreadableRegion
+
+# How long a closing pool waits for images that are being decoded, before it leaves its threads.
+CLOSE_SEC = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Everything that decides which pixels the encoder sees of an image."""
+
+    policy: DecodePolicy
+    preprocessing: Preprocessing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """One image ready for the encoder: pixels uint8 [height, width, 3], and what is kept of it."""
+    """One image ready for the encoder: pixels uint8 [height, width, 3], and what is kept of it.
+
+    `width` and `height` are those of the upright image, before any resizing; `record` has lost its
+    data.
+    """
 
     record: ImageRecord
     pixels: NDArray[np.uint8]
@@ -28,20 +55,67 @@ class PreparedImage:
     format: str
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownImage:
+    """One image whose vector is known from its bytes alone; nothing was decoded."""
+
+    record: ImageRecord
+    content_sha256: bytes
+
+
+Prepared = PreparedImage | KnownImage | Failure
+
+
+def never(digest: bytes) -> bool:
+    """Knows no image; the default of `known`."""
+    return False
+
+
 def prepare_image(
-    record: ImageRecord, preprocessing: Preprocessing, max_pixels: int
-) -> PreparedImage | Failure:
-    """Decodes and resizes one image; whatever is wrong with it becomes a Failure."""
+    record: ImageRecord, preparation: Preparation, known: Callable[[bytes], bool] = never
+) -> Prepared:
+    """Decodes and resizes one image; whatever is wrong with it becomes a Failure.
+
+    `known` tells by the SHA-256 of the encoded bytes whether decoding can be spared.
+    """
     if record.error is not None:
         return failure_of(record, "read", record.error)
+    data = record.data
+    digest = hashlib.sha256(data).digest()
+    if known(digest):
+        return KnownImage(dataclasses.replace(record, data=b""), digest)
+    preprocessing = preparation.preprocessing
     try:
-        image = decode_image(record.data, max_pixels=max_pixels)
+        image = decode_image(data, preparation.policy, preprocessing.needed_size)
     except ImageError as error:
         return failure_of(record, "decode", error)
-    pixels = preprocessing.apply(image.pixels)
-    digest = hashlib.sha256(record.data).digest()
+    pixels = preprocessing.apply(image.pixels, (image.width, image.height))
+    # The encoded bytes are not kept: many images wait for their batch.
     kept = dataclasses.replace(record, data=b"")
     return PreparedImage(kept, pixels, digest, image.width, image.height, image.format)
+
+
+def prepare_image_alone(
+    record: ImageRecord,
+    preparation: Preparation,
+    known: Callable[[bytes], bool] = never,
+    timeout_sec: float = 120.0,
+) -> Prepared:
+    """Does what `prepare_image` does, but decodes in a process that may crash or be killed.
+
+    Raises KithError when that process fails by something else than the image.
+    """
+    if record.error is not None:
+        return failure_of(record, "read", record.error)
+    digest = hashlib.sha256(record.data).digest()
+    kept = dataclasses.replace(record, data=b"")
+    if known(digest):
+        return KnownImage(kept, digest)
+    try:
+        image = decode_alone(record.data, preparation.policy, preparation.preprocessing, timeout_sec)
+    except ImageError as error:
+        return failure_of(record, "decode", error)
+    return PreparedImage(kept, image.pixels, digest, image.width, image.height, image.format)
 
 
 def failure_of(record: ImageRecord, stage: str, error: ImageError) -> Failure:
@@ -51,37 +125,210 @@ def failure_of(record: ImageRecord, stage: str, error: ImageError) -> Failure:
 
 def prepare_images(
     records: Iterable[ImageRecord | UnreadableRegion],
-    preprocessing: Preprocessing,
-    max_pixels: int,
+    preparation: Preparation,
     threads: int,
     look_ahead: int,
-) -> Iterator[PreparedImage | Failure]:
+    *,
+    known: Callable[[bytes], bool] = never,
+    marks: InFlightMarks | None = None,
+    timeout_sec: float = 120.0,
+) -> Generator[Prepared, None, None]:
     """Prepares a stream of images on threads and yields the results in the order of the stream.
 
     At most `look_ahead` images are read and not yet yielded, which bounds the memory. The threads
-    go on while the caller works on what it got, so decoding overlaps with encoding.
+    go on while the caller works on what it got, so decoding overlaps with encoding. `known` is
+    called on them.
+
+    `marks` must have a slot for each thread, and the stream must be the one that they were made
+    for. An image that they suspect, or that a thread decodes for longer than `timeout_sec`, is
+    decoded in a process of its own.
     """
-    waiting: deque[Future[PreparedImage | Failure] | Failure] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            for record in records:
-                if isinstance(record, UnreadableRegion):
-                    waiting.append(_region(record))
-                else:
-                    waiting.append(pool.submit(prepare_image, record, preprocessing, max_pixels))
-                if len(waiting) >= look_ahead:
-                    yield _result(waiting.popleft())
-            while waiting:
-                yield _result(waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
+    suspects = frozenset[int]() if marks is None else marks.suspects
+    waiting: deque[_Task | ImageRecord | Failure] = deque()
+    pool = _DecodePool(preparation, known, threads, marks, timeout_sec)
 
+    def result(item: _Task | ImageRecord | Failure) -> Prepared:
+        if isinstance(item, _Task):
+            return pool.result(item)
+        if isinstance(item, Failure):
+            return item
+        return prepare_image_alone(item, preparation, known, timeout_sec)
 
-def _result(
-    waiting: Future[PreparedImage | Failure] | Failure,
-) -> PreparedImage | Failure:
-    return waiting if isinstance(waiting, Failure) else waiting.result()
+    try:
+        for ordinal, record in enumerate(records):
+            if isinstance(record, UnreadableRegion):
+                waiting.append(_region(record))
+            elif ordinal in suspects:
+                waiting.append(record)
+            else:
+                waiting.append(pool.submit(ordinal, record))
+            if len(waiting) >= look_ahead:
+                yield result(waiting.popleft())
+        while waiting:
+            yield result(waiting.popleft())
+    finally:
+        pool.close()
 
 
 def _region(region: UnreadableRegion) -> Failure:
-    return Failure(None, region.source_shard, None, "read", UNREADABLE_REGION, region.error)
+    where = region.source_shard
+    return Failure(None, where, None, "read", UNREADABLE_REGION, region.error, region.offset)
+
+
+class _Task:
+    """One image on its way through the pool; `done` is a lock that is let go when it is finished."""
+
+    __slots__ = ("done", "error", "ordinal", "record", "result", "started", "worker")
+
+    def __init__(self, ordinal: int, record: ImageRecord) -> None:
+        self.ordinal = ordinal
+        self.record: ImageRecord | None = record
+        self.result: Prepared | None = None
+        self.error: BaseException | None = None
+        self.started = 0.0
+        self.worker: _DecodeThread | None = None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+
+class _DecodePool:
+    """Threads that prepare images in the order of submission.
+
+    Not an executor: that one waits for a stuck thread when the interpreter ends, and cannot replace
+    it. Futures would also cost three times as much as these tasks, for every image.
+    """
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        known: Callable[[bytes], bool],
+        threads: int,
+        marks: InFlightMarks | None,
+        timeout_sec: float,
+    ) -> None:
+        self._preparation = preparation
+        self._known = known
+        self._marks = marks
+        self._timeout_sec = timeout_sec
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._threads = [self._start(slot) for slot in range(threads)]
+
+    def _start(self, slot: int) -> "_DecodeThread":
+        thread = _DecodeThread(self._tasks, self._preparation, self._known, self._marks, slot)
+        thread.start()
+        return thread
+
+    def submit(self, ordinal: int, record: ImageRecord) -> _Task:
+        """Puts an image in line."""
+        task = _Task(ordinal, record)
+        self._tasks.put(task)
+        return task
+
+    def result(self, task: _Task) -> Prepared:
+        """Waits for the oldest task that is left; tries its image alone when its thread is stuck."""
+        wait = self._timeout_sec
+        while not task.done.acquire(timeout=wait):
+            worker = task.worker
+            # With all earlier tasks done or given up, some thread is about to begin this one.
+            if worker is None:
+                continue
+            wait = task.started + self._timeout_sec - time.monotonic()
+            if wait <= 0:
+                record = worker.give_up(task)
+                if record is not None:
+                    self._threads[worker.slot] = self._start(worker.slot)
+                    if self._marks is not None:
+                        self._marks.suspect(task.ordinal)
+                    return self._alone(record)
+                wait = self._timeout_sec
+        if task.error is not None:
+            raise task.error
+        assert task.result is not None
+        return task.result
+
+    def _alone(self, record: ImageRecord) -> Prepared:
+        _log.warning(
+            "A decode thread did not come back from row %d of %s in %g seconds. It is left behind, "
+            "and the image is tried in a process of its own.",
+            record.row, record.source_shard, self._timeout_sec,
+        )  # fmt: skip
+        return prepare_image_alone(record, self._preparation, timeout_sec=self._timeout_sec)
+
+    def close(self) -> None:
+        """Gives up what waits and ends the threads; one that is stuck is left behind."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._tasks.get_nowait()
+        for _ in self._threads:
+            self._tasks.put(None)
+        deadline = time.monotonic() + CLOSE_SEC
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+            if thread.is_alive():
+                thread.leave()
+
+
+class _DecodeThread(threading.Thread):
+    """One thread and its slot of the marks. A daemon, so that it never keeps a process from ending."""
+
+    def __init__(
+        self,
+        tasks: "queue.SimpleQueue[_Task | None]",
+        preparation: Preparation,
+        known: Callable[[bytes], bool],
+        marks: InFlightMarks | None,
+        slot: int,
+    ) -> None:
+        super().__init__(name=f"decode-{slot}", daemon=True)
+        self.slot = slot
+        self._tasks = tasks
+        self._preparation = preparation
+        self._known = known
+        self._marks = marks
+        # Held for every change of the marks, so that a thread left behind never touches a slot that
+        # is another's by then, or a file that is closed.
+        self._lock = threading.Lock()
+        self._left = threading.Event()
+
+    def run(self) -> None:
+        """Prepares one image after another until told to end, or left behind."""
+        tasks, preparation, known, marks = self._tasks, self._preparation, self._known, self._marks
+        lock, slot = self._lock, self.slot
+        while (task := tasks.get()) is not None:
+            record = task.record
+            assert record is not None
+            with lock:
+                if self._left.is_set():
+                    return
+                if marks is not None:
+                    marks.set(slot, task.ordinal)
+            task.started = time.monotonic()
+            task.worker = self
+            try:
+                task.result = prepare_image(record, preparation, known)
+            except BaseException as error:  # Whatever it is, the consumer raises it.
+                task.error = error
+            with lock:
+                if self._left.is_set():
+                    return
+                if marks is not None:
+                    marks.clear(slot)
+                task.record = None
+                task.done.release()
+
+    def give_up(self, task: _Task) -> ImageRecord | None:
+        """Leaves the thread behind with its task and returns the record; None if it just finished."""
+        with self._lock:
+            if task.record is None:
+                return None
+            self._leave()
+            return task.record
+
+    def leave(self) -> None:
+        """Tells the thread, which may never notice, to end without another word."""
+        with self._lock:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._left.set()
+        self.name = f"left behind, {self.name}"
