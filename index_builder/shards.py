@@ -20,7 +20,9 @@ from index_builder import embeddings, manifests, storage
 from index_builder.assignment import nearest_lists
 from index_builder.errors import DatasetError
 from index_builder.manifests import Manifest, Part
+from index_builder.metadata_table import look_up
 from index_builder.sharding import IndexLayout, load_layout
+from index_builder.table_files import MetadataTable
 from index_builder.topk import IdColumn
 from index_builder.training import TrainedIndex, load_trained
 from index_builder.vectors import squared_norms
@@ -76,8 +78,12 @@ def build_shard(
     trained: TrainedIndex,
     assigned_paths: list[str],
     key: str,
+    metadata: MetadataTable | None = None,
 ) -> Part:
     """Writes one index shard from the assigned parts and returns its manifest entry.
+
+    With a metadata table its columns come after those of the images, and the part's properties get
+    `metadata_matched` and `metadata_unmatched`, in rows. Raises DatasetError as `look_up` does.
 
     Memory: the rows of the lists that the shard owns.
     """
@@ -89,9 +95,12 @@ def build_shard(
     skipped = start - int(layout.list_offsets[first_list])
     table = table.slice(skipped, stop - start).combine_chunks()
 
+    name = f"shard-{shard:05d}"
+    properties: dict[str, int] = {}
+    if metadata is not None:
+        table, properties = _add_metadata(table, metadata, table_rows_path(folder, name, key))
     codes = embeddings.list_matrix(table["code"])
     lists = table["list"].to_numpy()
-    name = f"shard-{shard:05d}"
     _write_faiss(storage.join(folder, f"{name}.faiss"), trained, codes, lists, start)
     rows = table.drop_columns(["code", "list"])
     rows = rows.append_column("squared_norm", pa.array(squared_norms(codes)))
@@ -104,11 +113,35 @@ def build_shard(
         manifests.describe_file(folder, f"{name}.faiss"),
         manifests.describe_file(folder, f"{name}.parquet"),
     )
-    properties = {
+    properties |= {
         "max_id_bytes": IdColumn.from_arrow(table["image_id"]).max_bytes,
         "lists": last_list - first_list,
     }
     return Part(name, key, len(rows), files, properties)
+
+
+def table_rows_path(folder: str, name: str, key: str) -> str:
+    """Returns the path of the scratch file with the rows of the metadata table that a shard took.
+
+    It holds int64 `used` (their numbers, ascending) and `table_rows` (how many the table has).
+    """
+    return storage.join(folder, manifests.WORK_FOLDER, f"used-{name}-{key[:16]}.npz")
+
+
+def _add_metadata(
+    table: pa.Table, metadata: MetadataTable, used_path: str
+) -> tuple[pa.Table, dict[str, int]]:
+    """Adds the columns of a metadata table before `probes`; returns the figures beside it."""
+    found = look_up(metadata, table[metadata.spec.key].combine_chunks())
+    for name in found.columns.column_names:
+        field, place = found.columns.schema.field(name), table.column_names.index("probes")
+        table = table.add_column(place, field, found.columns[name])
+    with storage.atomic_path(used_path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, used=found.used, table_rows=found.table_rows)
+    return table, {
+        "metadata_matched": found.matched,
+        "metadata_unmatched": len(table) - found.matched,
+    }
 
 
 def _read_lists(path: str, first_list: int, last_list: int) -> pa.Table:

@@ -11,6 +11,7 @@ from index_builder.fingerprints import fingerprint
 from index_builder.manifests import Manifest, Part
 from index_builder.sharding import IndexLayout, load_layout
 from index_builder.spec import ResolvedSpec, check_training_memory
+from index_builder.table_files import MetadataTable, check_collisions, open_table
 from pipelines.config import Config
 from pipelines.runners import run_pipeline
 from pipelines.stage import Dataset, Session, StageTask, dataset_folder, run_stage
@@ -48,7 +49,8 @@ def build_index(
     """Runs the build stage on an embeddings dataset.
 
     Ids are checked over the embeddings and, where given, the failures. Raises KithError for
-    duplicates, naming both locations, and ConfigError for an index that cannot be built.
+    duplicates, naming both locations, and ConfigError for an index that cannot be built or a metadata
+    table that does not fit.
     """
     source = manifests.load(embeddings_folder, embeddings.KIND)
     if not source.rows:
@@ -57,9 +59,12 @@ def build_index(
         )
     spec = config.index_spec().resolve(source.rows, embeddings.load_dim(source))
     check_training_memory(spec, int(config.index.memory_limit_gib * 2**30))
-    identity = index_identity(config, source)
+    table = open_metadata(config)
+    if table is not None:
+        check_collisions(table.spec, [field["name"] for field in source.schema])
+    identity = _identity(config, source, table)
     folder = dataset_folder(config.workspace, shards.KIND, identity)
-    graph = BuildSpec(embeddings_folder, source.parts, spec, folder, identity)
+    graph = BuildSpec(embeddings_folder, source.parts, spec, folder, identity, table)
 
     def prepare() -> None:
         check_ids(session, folder, embeddings_folder, failures_folder)
@@ -68,7 +73,7 @@ def build_index(
         StageTask(
             "build", shards.KIND, folder, identity, spec.shards, "vectors",
             lambda root: define_pipeline(root, graph),
-            lambda: _manifest(folder, identity, spec, source),
+            lambda: _manifest(folder, identity, spec, source, table),
             prepare,
         ),
         session,
@@ -76,15 +81,32 @@ def build_index(
 
 
 def index_identity(config: Config, source: Manifest) -> str:
-    """Returns the fingerprint of the index that a configuration makes of an embeddings dataset."""
-    return fingerprint(
-        {
-            "kind": shards.KIND,
-            "revision": REVISION,
-            "embeddings": source.content,
-            "spec": config.index_spec().fingerprint_value(),
-        }
-    )
+    """Returns the fingerprint of the index that a configuration makes of an embeddings dataset.
+
+    Raises ConfigError or DatasetError for a metadata table that cannot be found or read.
+    """
+    return _identity(config, source, open_metadata(config))
+
+
+def open_metadata(config: Config) -> MetadataTable | None:
+    """Finds the metadata table of a configuration, or returns None where it names none."""
+    spec = config.table_spec()
+    return None if spec is None else open_table(spec)
+
+
+def _identity(config: Config, source: Manifest, table: MetadataTable | None) -> str:
+    value = {
+        "kind": shards.KIND,
+        "revision": REVISION,
+        "embeddings": source.content,
+        "spec": config.index_spec().fingerprint_value(),
+    }
+    return fingerprint(value | _metadata_ingredient(table))
+
+
+def _metadata_ingredient(table: MetadataTable | None) -> dict[str, object]:
+    """Returns what a table adds to the fingerprint; an index without one keeps the one it had."""
+    return {} if table is None else {"metadata": table.fingerprint_value()}
 
 
 def check_ids(
@@ -117,7 +139,9 @@ def check_ids(
         )
 
 
-def _manifest(folder: str, identity: str, spec: ResolvedSpec, source: Manifest) -> Manifest:
+def _manifest(
+    folder: str, identity: str, spec: ResolvedSpec, source: Manifest, table: MetadataTable | None
+) -> Manifest:
     shared = manifests.collect_parts(folder, [shards.SHARED_PART], [identity])[0]
     layout = load_layout(storage.join(folder, shards.LAYOUT_NAME))
     numbers = range(layout.shards)
@@ -143,6 +167,7 @@ def _manifest(folder: str, identity: str, spec: ResolvedSpec, source: Manifest) 
             "code": {"build": REVISION},
             "config": spec.request.fingerprint_value(),
             "inputs": source.content,
+            **_metadata_ingredient(table),
         },
         schema,
         (shared, *parts),

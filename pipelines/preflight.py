@@ -7,6 +7,7 @@ import sys
 
 from index_builder import storage
 from index_builder.errors import ConfigError, KithError
+from index_builder.table_files import find_table_files
 from pipelines.config import Config
 from transforms.encoders.registry import check_encoder
 
@@ -48,10 +49,16 @@ def check_environment() -> None:
 
 
 def check_inputs(config: Config) -> None:
-    """Raises ConfigError for a missing path, before any work; KithError for a glob without files."""
+    """Raises ConfigError for a missing path, before any work; KithError for a glob without files.
+
+    A metadata table is looked at too: its columns are known before the first image is embedded.
+    """
     require_sources(config)
     for source in config.images.sources:
         source.find_files()
+    table = config.table_spec()
+    if table is not None:
+        find_table_files(table)
     check_workspace(config.workspace)
     check_encoder(config.encoder_spec())
 

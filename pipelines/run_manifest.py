@@ -104,7 +104,11 @@ def describe_run(
             name: index.properties[name]
             for name in ("shards", "nlist", "nprobe", "dim", "metric", "empty_lists", "imbalance")
         }
-        | {"rows": index.rows, "fan_out": joined.properties["fan_out"]},
+        | {
+            "rows": index.rows,
+            "fan_out": joined.properties["fan_out"],
+            "metadata": index.properties.get("metadata"),
+        },
         "join": {
             "queries": joined.rows,
             **{

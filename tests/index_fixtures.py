@@ -18,6 +18,7 @@ from index_builder.manifests import Manifest, Part
 from index_builder.rules import JoinRules
 from index_builder.shards import IndexDataset
 from index_builder.spec import IndexSpec
+from index_builder.table_files import MetadataTable
 from index_builder.vectors import unit_float16
 
 
@@ -101,6 +102,7 @@ def build_index(
     catalogue: Catalogue,
     request: IndexSpec = IndexSpec(),  # noqa: B008 (frozen)
     parts: int = 3,
+    metadata: MetadataTable | None = None,
 ) -> IndexDataset:
     """Builds `folder`/embeddings and `folder`/index, step by step as the pipeline does."""
     source, target = folder / "embeddings", folder / "index"
@@ -123,7 +125,7 @@ def build_index(
     ]
     built = [Part(shards.SHARED_PART, "key", 0, tuple(files))]
     built += [
-        shards.build_shard(str(target), number, layout, trained, assigned, "key")
+        shards.build_shard(str(target), number, layout, trained, assigned, "key", metadata)
         for number in range(layout.shards)
     ]
     properties = {"nprobe": nprobe, "nlist": trained.nlist}

@@ -6,6 +6,7 @@ Between the steps only small descriptors travel. Vectors move through scratch fi
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 from index_builder import embeddings, manifests, shards, storage
 from index_builder.fingerprints import fingerprint
 from index_builder.manifests import Part
+from index_builder.metadata_table import count_used
 from index_builder.sampling import read_sample
 from index_builder.sharding import load_layout, plan_layout, save_layout
 from index_builder.spec import ResolvedSpec
+from index_builder.table_files import MetadataTable
 from index_builder.training import TrainedIndex, load_trained, save_trained, train_index
 from transforms.counters import LOCAL_PROGRESS, count, timed
 
@@ -31,7 +34,8 @@ REVISION = 1
 class BuildSpec:
     """What is indexed, how, and where the index goes; travels to the workers.
 
-    `key` is the fingerprint of the index that is being made.
+    `key` is the fingerprint of the index that is being made; `metadata` the table whose columns it
+    gets beside those of the images.
     """
 
     embeddings_folder: str
@@ -39,6 +43,7 @@ class BuildSpec:
     index: ResolvedSpec
     index_folder: str
     key: str
+    metadata: MetadataTable | None = None
 
     def work_path(self, name: str) -> str:
         """Returns the path of a scratch file."""
@@ -157,10 +162,15 @@ class _BuildShard(_WithTrained):
         if part is None:
             with timed(STAGE):
                 paths = [spec.assigned_path(i) for i in range(len(spec.embeddings_parts))]
-                part = shards.build_shard(spec.index_folder, shard, layout, self.trained(), paths, key)
+                part = shards.build_shard(
+                    spec.index_folder, shard, layout, self.trained(), paths, key, spec.metadata
+                )
             manifests.mark_part(spec.index_folder, part)
             count(STAGE, "vectors_out", part.rows)
             count(STAGE, "bytes_out", sum(file.bytes for file in part.files))
+            if spec.metadata is not None:
+                for name in ("metadata_matched", "metadata_unmatched"):
+                    count(STAGE, name, part.properties[name])
         LOCAL_PROGRESS.add(part.rows)
         yield part
 
@@ -172,8 +182,9 @@ def _describe_shared(list_sizes: NDArray[np.int64], spec: BuildSpec, built: Iter
         manifests.describe_file(spec.index_folder, name)
         for name in (shards.TRAINED_NAME, shards.LAYOUT_NAME)
     )
+    built = list(built)
     rows = [part.rows for part in built]
-    properties = {
+    properties: dict[str, Any] = {
         "nlist": trained.nlist,
         "nprobe": effective_nprobe(spec.index, trained),
         "dim": trained.dim,
@@ -187,6 +198,29 @@ def _describe_shared(list_sizes: NDArray[np.int64], spec: BuildSpec, built: Iter
         ),
         "largest_shard_over_mean": round(max(rows) * len(rows) / sum(rows), 6),
     }
+    if spec.metadata is not None:
+        properties["metadata"] = _describe_metadata(spec, built)
     part = Part(shards.SHARED_PART, spec.key, 0, files, properties)
     manifests.mark_part(spec.index_folder, part)
     return part
+
+
+def _describe_metadata(spec: BuildSpec, built: list[Part]) -> dict[str, int]:
+    """Returns the figures of the join with the metadata table: of the index, then of the table.
+
+    An item's images may be in several shards, so the table's rows that were used are a union.
+    """
+    used: list[NDArray[np.int64]] = []
+    table_rows = 0
+    for part in built:
+        path = shards.table_rows_path(spec.index_folder, part.name, part.key)
+        with storage.open_binary(path) as file:
+            taken = np.load(file)
+            used.append(taken["used"])
+            table_rows = int(taken["table_rows"])
+    return {
+        "matched": sum(part.properties["metadata_matched"] for part in built),
+        "unmatched": sum(part.properties["metadata_unmatched"] for part in built),
+        "table_rows": table_rows,
+        "ignored": table_rows - count_used(used, table_rows),
+    }

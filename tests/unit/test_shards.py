@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import shards
+from index_builder import manifests, shards
 from index_builder.errors import DatasetError
 from index_builder.join import JoinSpec
 from index_builder.shards import IndexDataset, open_index, open_shard
 from index_builder.spec import IndexSpec, TransformSpec
+from index_builder.table_files import TableSpec, open_table
 from index_builder.vectors import squared_norms, unit_float16
 from tests.index_fixtures import (
     Catalogue,
@@ -204,3 +205,39 @@ def test_a_changed_quantizer_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_holds_no_index(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is not a complete index dataset"):
         open_index(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["image_id", "item_id"])
+def test_columns_of_a_metadata_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    # What a shard took of the table is scratch, which committing removes.
+    monkeypatch.setattr(manifests, "clear_work", lambda folder: None)
+    base = gaussian_catalogue(200, 16)
+    items = [f"item-{row // 3}" for row in range(200)]
+    catalogue = Catalogue(base.vectors, base.image_ids, items, base.brands, base.sizes)
+    column = catalogue.columns()[key]
+    known = sorted(set(column))[::2]
+    lines = [f"{name},{number}" for number, name in enumerate([*known, "nobody"])]
+    (tmp_path / "stock.csv").write_text("\n".join(["sku,stock", *lines]) + "\n")
+    spec = TableSpec((str(tmp_path / "*.csv"),), key, "sku", (("stock", "int64"),))
+    request = IndexSpec(nlist=10, nprobe=4, shards=3)
+    index = build_index(tmp_path / "one", catalogue, request, metadata=open_table(spec))
+    plain = build_index(tmp_path / "two", catalogue, request)
+    stock = {name: number for number, name in enumerate(known)}
+    used: set[int] = set()
+    for number, part in enumerate(index.parts):
+        table = pq.read_table(f"{index.folder}/{part.file('.parquet').path}")
+        assert table.column_names[4:] == ["brand", "size", "stock", "probes", "squared_norm"]
+        values = [stock.get(name) for name in table[key].to_pylist()]
+        assert table["stock"].to_pylist() == values
+        matched = sum(value is not None for value in values)
+        assert part.properties["metadata_matched"] == matched > 0
+        assert part.properties["metadata_unmatched"] == len(table) - matched > 0
+        taken = np.load(shards.table_rows_path(index.folder, part.name, part.key))
+        assert taken["used"].tolist() == sorted(set(values) - {None})
+        assert taken["table_rows"] == len(known) + 1
+        used.update(taken["used"].tolist())
+        # Nothing else depends on the table.
+        twin = pq.read_table(f"{plain.folder}/{plain.parts[number].file('.parquet').path}")
+        assert table.drop_columns(["stock"]).equals(twin)
+        assert part.file(".faiss") == plain.parts[number].file(".faiss")
+    assert used == set(range(len(known)))
