@@ -1,0 +1,305 @@
+"""The parts of the benchmarks that are no measurement: images, records, environments, arithmetic."""
+
+import ast
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tensorflow.core.example import example_pb2
+
+from benchmarks import embed, figures, peer_runs, photographs
+from benchmarks.embed import Compared, chosen_shards, run_command, serial_limit
+from benchmarks.embed_parts import write_config
+from benchmarks.peer_runs import PEERS, Peer, SkippedError
+from benchmarks.peers.records import find_records, parse_example, read_record
+from transforms.encoders import efficientnet_lite0
+
+ROOT = Path(__file__).parents[2]
+PHOTOGRAPHS = ROOT / "benchmarks" / "photographs"
+COUNT, SHARDS = 40, 2
+
+
+@pytest.fixture(scope="module")
+def originals() -> list[Image.Image]:
+    return photographs.load_originals()
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photographs.make_catalogue(tmp_path_factory.mktemp("cache"), COUNT, SHARDS)
+
+
+# The photographs
+
+
+def test_every_photograph_is_credited_and_reduced() -> None:
+    credits = (PHOTOGRAPHS / "README.md").read_text()
+    notice = (ROOT / "NOTICE").read_text()
+    paths = sorted(PHOTOGRAPHS.glob("*.jpg"))
+    assert len(paths) == 9
+    assert credits.count(".jpg` | `") == 9
+    for path in paths:
+        row = next(line for line in credits.splitlines() if line.startswith(f"| `{path.name}`"))
+        assert row.endswith(("CC-BY-4.0 |", "CC0-1.0 |"))
+        assert path.stem in notice
+        with Image.open(path) as image:
+            assert max(image.size) == 1024
+            assert not image.getexif()
+    assert sum(path.stat().st_size for path in paths) < 1_400_000
+
+
+def test_a_photograph_depends_on_its_number_alone(originals: list[Image.Image]) -> None:
+    first = [photographs.make_photograph(number, originals) for number in range(30)]
+    again = [photographs.make_photograph(number, originals) for number in reversed(range(30))]
+    assert first == again[::-1]
+    assert len(set(first)) == 30
+
+
+def test_sizes_qualities_and_codings_take_turns(originals: list[Image.Image]) -> None:
+    seen = set()
+    for number in range(0, 54, 9):  # One photograph in all its turns.
+        with Image.open(io.BytesIO(photographs.make_photograph(number, originals))) as image:
+            assert image.size == (800, 600)
+            tables = image.quantization  # type: ignore[attr-defined]
+            seen.add((tuple(tables[0]), "progressive" in image.info))
+    assert len(seen) == 6
+    assert {progressive for _, progressive in seen} == {False, True}
+
+
+def test_an_upright_photograph_stays_upright(originals: list[Image.Image]) -> None:
+    number = next(n for n, image in enumerate(originals) if image.height > image.width)
+    with Image.open(io.BytesIO(photographs.make_photograph(number, originals))) as image:
+        assert image.size == (600, 800)
+
+
+@pytest.mark.parametrize(
+    ("count", "shards", "lengths"), [(10, 3, [3, 3, 4]), (8, 8, [1] * 8), (5, 1, [5])]
+)
+def test_shards_share_the_numbers_out(count: int, shards: int, lengths: list[int]) -> None:
+    numbers = photographs.shard_numbers(count, shards)
+    assert [len(each) for each in numbers] == lengths
+    assert [number for each in numbers for number in each] == list(range(count))
+
+
+def test_the_catalogue_is_whole_and_made_once(
+    catalogue: Path, originals: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = json.loads((catalogue / "catalogue.json").read_text())
+    found = [read_record(place) for place in find_records(catalogue)]
+    assert [image_id for image_id, _ in found] == [photographs.image_id(n) for n in range(COUNT)]
+    assert sum(len(data) for _, data in found) == about["jpeg_bytes"]
+    assert found[7][1] == photographs.make_photograph(7, originals)
+    monkeypatch.setattr(photographs, "load_originals", lambda: pytest.fail("made again"))
+    assert photographs.make_catalogue(catalogue.parent, COUNT, SHARDS) == catalogue
+
+
+def test_an_interrupted_catalogue_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(number: int, originals: list[Image.Image]) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(photographs, "make_photograph", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        photographs.make_catalogue(tmp_path, 4, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_shards_than_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="count is 3 and shards 4, wanted at least one image"):
+        photographs.make_catalogue(tmp_path, 3, 4)
+
+
+# What peers read
+
+
+def test_peers_read_what_tensorflow_wrote(catalogue: Path) -> None:
+    import tensorflow as tf
+
+    paths = sorted(str(path) for path in catalogue.glob("*.tfrecord"))
+    wanted = []
+    for serialized in tf.data.TFRecordDataset(paths).as_numpy_iterator():
+        features = tf.train.Example.FromString(serialized).features.feature
+        values = [features[name].bytes_list.value[0] for name in ("image_id", "image/encoded")]
+        wanted.append((values[0].decode(), values[1]))
+    assert [read_record(place) for place in find_records(catalogue)] == wanted
+    assert len(find_records(catalogue, 5)) == 5
+
+
+def test_an_example_of_other_features_is_parsed_or_refused() -> None:
+    example = example_pb2.Example()
+    example.features.feature["long"].bytes_list.value.append(b"x" * 70_000)
+    example.features.feature["two"].bytes_list.value.extend([b"first", b"second"])
+    assert parse_example(example.SerializeToString()) == {"long": b"x" * 70_000, "two": b"first"}
+    assert parse_example(b"") == {}
+    with pytest.raises(ValueError, match="wire type 0, wanted bytes features only"):
+        parse_example(b"\x08\x01")
+
+
+def test_the_torch_network_has_the_encoders_architecture() -> None:
+    tree = ast.parse((ROOT / "benchmarks" / "peers" / "torch_lite0.py").read_text())
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    assert values["STAGES"] == efficientnet_lite0.STAGES
+    assert (values["INPUT_SIZE"],) * 2 == efficientnet_lite0.INPUT_SIZE
+    assert values["HEAD_FILTERS"] == efficientnet_lite0.HEAD_FILTERS
+
+
+def test_a_peer_with_the_same_libraries_has_the_same_versions() -> None:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if "==" in line and not line.startswith(" "))
+    locked["tensorflow-cpu"] = locked["tensorflow"]
+    beam = next(peer for peer in PEERS if peer.name == "beam")
+    shared = [text.split("==") for text in beam.requirements]
+    same = {name for name, version in shared if locked.get(name) == version}
+    assert same >= {"apache-beam", "keras", "numpy", "pillow", "pyarrow", "tensorflow-cpu"}
+
+
+# Environments and processes
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_a_peers_module_is_there_and_all_is_pinned(peer: Peer) -> None:
+    assert (ROOT / "benchmarks" / "peers" / f"{peer.module}.py").is_file()
+    assert all("==" in requirement for requirement in peer.requirements)
+
+
+def test_other_pins_are_another_environment(tmp_path: Path) -> None:
+    one, other = (Peer("a", "A", "a", (f"b=={n}",), ()) for n in (1, 2))
+    folders = [peer_runs.environment_folder(tmp_path, peer) for peer in (one, other)]
+    assert folders[0] != folders[1]
+    assert folders[0] == peer_runs.environment_folder(tmp_path, one)
+
+
+def test_what_cannot_be_installed_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    no_folder = tmp_path / "a file"
+    no_folder.touch()
+    peer = Peer("a", "A", "a", ("b==1",), ())
+    with pytest.raises(SkippedError, match=r"cannot be installed: .*a file"):
+        peer_runs.make_environment(no_folder, peer)
+
+
+def test_a_finished_environment_is_not_made_again(tmp_path: Path) -> None:
+    peer = Peer("a", "A", "a", ("no-such-package==0",), ())
+    folder = peer_runs.environment_folder(tmp_path, peer)
+    folder.mkdir(parents=True)
+    (folder / "installed").touch()
+    assert peer_runs.make_environment(tmp_path, peer) == str(folder / "bin" / "python")
+
+
+def run_code(code: str) -> dict[str, object]:
+    return peer_runs.run_for_json([sys.executable, "-c", code], 60)
+
+
+def test_the_last_line_is_the_result() -> None:
+    code = """print('{"not": "this"}'); print('50 % [###]{"images": 3}')"""
+    assert run_code(code) == {"images": 3}
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import sys; sys.exit('no such device')", "failed: no such device"),
+        ("print('hello')", "printed no result but 'hello"),
+        ("""print('{"skipped": "no bfloat16 here"}')""", "no bfloat16 here"),
+    ],
+)
+def test_what_fails_is_skipped_with_the_reason(code: str, reason: str) -> None:
+    with pytest.raises(SkippedError, match=reason):
+        run_code(code)
+
+
+# Arithmetic and options
+
+
+def test_the_serial_limit_takes_the_fastest_engine_of_the_precision() -> None:
+    compared = [
+        Compared("a", "float32", 100, {"engine": 4.0}, 1.0),
+        Compared("b", "float32", 100, {"engine": 3.0}, 1.0),
+        Compared("c", "bfloat16", 100, {"engine": 1.0}, 1.0),
+    ]
+    assert serial_limit(compared, 2.0, "float32") == (5.0, "b")
+    assert serial_limit(compared, 2.0, "bfloat16") == (3.0, "c")
+
+
+def test_a_figure_against_another() -> None:
+    figure = figures.Figure("part", "name", 300, "images", 2.0).against("half as fast", 75.0)
+    assert (figure.per_second, figure.ratio, figure.peer) == (150.0, 2.0, "half as fast")
+    assert figure.to_json()["per_second"] == 150.0
+
+
+def test_the_machine_says_what_it_is() -> None:
+    machine = figures.describe_machine()
+    assert machine["cores"] >= 1
+    assert machine["cpu"]
+    assert machine["versions"]["tensorflow"]
+    assert set(machine["flags"]) <= set(figures.CPU_FLAGS)
+
+
+def test_lists_of_options() -> None:
+    options = embed.parse(["--peers", "none", "--engines", "openvino", "--networks", ""])
+    assert (options.peers, options.engines, options.networks) == ((), ("openvino",), ())
+    assert embed.parse([]).peers == tuple(peer.name for peer in PEERS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "torch,onnx"], "got 'onnx', wanted some of torch,beam,fastdup, or none"),
+        (["--shards", "9"], "--shards 1 to 8"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+    ],
+)
+def test_a_wrong_option_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        embed.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_first_shards_can_be_taken_alone(catalogue: Path) -> None:
+    with chosen_shards(str(catalogue), 1) as folder:
+        assert len(find_records(Path(folder))) == COUNT // SHARDS
+    assert not Path(folder).exists()
+
+
+# The whole of it, on a few images
+
+
+def test_everything_takes_turns_in_one_process(catalogue: Path) -> None:
+    command = [
+        sys.executable, "-m", "benchmarks.embed_parts", "compare", "--shards", str(catalogue),
+        "--network", "efficientnet_lite0", "--engine", "tensorflow", "--precision", "float32",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["images"] == COUNT
+    assert set(found["seconds"]) == {"decode", "engine", "loop", "pipeline"}
+    assert all(len(each) == 1 and each[0] > 0 for each in found["seconds"].values())
+    assert len(found["load_seconds"]) == 1
+
+
+def test_the_command_is_run_as_a_user_runs_it(catalogue: Path, tmp_path: Path) -> None:
+    path, workspace = str(tmp_path / "bench.yaml"), str(tmp_path / "workspace")
+    lite0 = "efficientnet_lite0"
+    config = write_config(path, workspace, str(catalogue), lite0, "tensorflow", "float32")
+    command = run_command(config, tmp_path)
+    assert command.images == COUNT
+    assert 0 < command.stage_seconds < command.seconds
+    assert 2**27 < command.peak_bytes < 2**33
+
+
+def test_a_command_that_fails_is_skipped_with_what_it_printed(tmp_path: Path) -> None:
+    path = str(tmp_path / "bench.yaml")
+    config = write_config(path, str(tmp_path), str(tmp_path), "no_network", "tensorflow", "float32")
+    with pytest.raises(SkippedError, match="no_network"):
+        run_command(config, tmp_path)
