@@ -1,0 +1,1 @@
+"""Tests that run for as long as one likes; only `make torture` collects them."""
