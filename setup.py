@@ -18,10 +18,13 @@ RUNTIME = [
     "gcsfs>=2025.12",
     "google-cloud-storage>=2.19,<4",
     "google-crc32c>=1.5",
+    "h5py>=3.11,<4",
     "jinja2>=3.1,<4",
     "numba>=0.60",
     "numpy>=1.26.4,<2",
-    "pillow>=10.3",
+    # Decodes HEIC; pillow-heif is the same with an encoder under the GPL.
+    "pi-heif>=1.4,<2",
+    "pillow>=12.1,<13",
     "protobuf>=4.25.8,<5",
     "pyarrow>=23,<24",
     "pydantic>=2.7,<3",
@@ -30,16 +33,27 @@ RUNTIME = [
     "scipy>=1.13",
     # The last line of releases that carries pkg_resources, which tensorboard 2.16 imports.
     "setuptools>=77,<81",
+    "simplejpeg>=1.9,<2",
     "threadpoolctl>=3.5",
     "typer>=0.15",
 ]
 
+# Engines: one of the first two on a machine with GPUs (they want different versions of cuDNN).
+GPU = ["tensorflow[and-cuda]>=2.16.2,<2.17"]
+# The newest that goes with TensorFlow 2.16 (ml-dtypes).
+JAX = ["jax[cuda12]==0.4.34"]
+OPENVINO = ["openvino>=2026.4,<2027"]
+
 DEVELOPMENT = [
+    *OPENVINO,
     "build>=1.2",
     "gcp-storage-emulator>=2024.8.3",
     "hypothesis>=6.100",
     "import-linter>=2.1",
+    "jax==0.4.34",
+    "jaxlib==0.4.34",
     "mypy>=1.11",
+    "pillow-heif>=1.8,<2",
     "pydicom>=3.0,<4",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
@@ -67,7 +81,7 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=RUNTIME,
-    extras_require={"dev": DEVELOPMENT},
+    extras_require={"dev": DEVELOPMENT, "gpu": GPU, "jax": JAX, "openvino": OPENVINO},
     entry_points={"console_scripts": ["kith = pipelines.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

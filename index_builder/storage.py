@@ -72,8 +72,13 @@ def glob(pattern: str) -> list[str]:
     scheme = pattern.split("://", 1)[0] + "://" if is_remote(pattern) else ""
     fs.invalidate_cache()
     found = fs.glob(name, detail=True)
-    files = [scheme + path for path, info in found.items() if info["type"] == "file"]
+    files = [scheme + path for path, info in found.items() if _is_file(path, info)]
     return sorted(path for path in files if not _is_temporary(path))
+
+
+def _is_file(path: str, info: dict[str, Any]) -> bool:
+    """Tells files, and links to files, from folders."""
+    return info["type"] == "file" or (bool(info.get("islink")) and os.path.isfile(path))
 
 
 def _is_temporary(path: str) -> bool:

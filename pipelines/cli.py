@@ -86,14 +86,29 @@ def _run(
     command: Command,
     show: Show,
 ) -> None:
-    """Runs one command: loads the configuration, reports the result, turns errors into a status."""
+    """Runs one command that takes a configuration."""
+
+    def work(console: Console) -> dict[str, Any]:
+        config, session = _open_session(config_path, overrides, console)
+        return command(config, session)
+
+    _report(name, as_json, verbose, work, show)
+
+
+def _report(
+    name: str,
+    as_json: bool,
+    verbose: bool,
+    work: Callable[[Console], dict[str, Any]],
+    show: Show,
+) -> None:
+    """Does the work of a command: reports the result, turns errors into a status."""
     console = Console(stderr=True)
     _quiet_libraries(verbose)
     try:
         # Whatever a library prints must not get into the JSON.
         with contextlib.redirect_stdout(sys.stderr):
-            config, session = _open_session(config_path, overrides, console)
-            result = command(config, session)
+            result = work(console)
     except (Exception, KeyboardInterrupt) as error:  # The outermost boundary: all ends in a status.
         if verbose:
             traceback.print_exc()
@@ -136,7 +151,7 @@ def _open_session(
 ) -> tuple["Config", "Session"]:
     # Beam warns on import about packages that Kith does not use.
     with _silence(logging.ERROR):
-        from pipelines.config import load_config
+        from pipelines.config_loading import load_config
         from pipelines.runners import RunnerSpec
         from pipelines.stage import Session
     config = load_config(config_path, overrides or ())
@@ -206,6 +221,14 @@ def nightly(
 @app.command()
 def embed(
     config: ConfigOption,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            "--replay",
+            metavar="DATASET",
+            help="Try again only what failed in this embeddings dataset; take over the rest.",
+        ),
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -222,7 +245,7 @@ def embed(
         check_environment()
         check_inputs(config)
         with workspace_lock(config.workspace):
-            result = embed_images(config, session)
+            result = embed_images(config, session, replay)
         return {
             "images": dataclasses.asdict(result.books),
             "embeddings": result.embeddings.folder,
@@ -444,6 +467,35 @@ def check(
         return check_everything(config, data)
 
     _run("check", config, overrides, as_json, verbose, command, _show_paths)
+
+
+@app.command(name="convert-weights")
+def convert_weights(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE.pth", help="What torch.save wrote of a state dict.")
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET.weights.h5", help="The new file, for encoder.weights.")
+    ],
+    network: Annotated[
+        str | None,
+        typer.Option(
+            "--network",
+            metavar="NAME",
+            help="efficientnet_lite0 or efficientnet_lite0_pytorch; default: by the tensors' names.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Convert PyTorch weights of EfficientNet-Lite0 into a Keras weights file."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from pipelines.convert_weights import convert_weights
+
+        return convert_weights(source, target, network)
+
+    _report("convert-weights", as_json, verbose, work, _show_paths)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,25 @@
-"""The configuration: one YAML file, checked whole before any work.
+"""The configuration as a model: sections, keys, types, defaults, and what stages take from it.
 
-Unknown keys are refused with their full path. Relative paths are relative to the file's folder. The
-field descriptions are the configuration reference (`docs/configuration.md` is made from them).
+The field descriptions are the configuration reference (`docs/configuration.md` is made from them).
 """
 
-import difflib
-import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from index_builder import storage
-from index_builder.embeddings import RESERVED_COLUMNS
-from index_builder.errors import ConfigError
 from index_builder.join import JoinSpec
 from index_builder.rules import JoinRules
 from index_builder.spec import IndexSpec, Metric, TransformSpec
-from transforms.decoding import DEFAULT_MAX_PIXELS
+from index_builder.table_files import TableSpec
+from transforms.decoding import DEFAULT_MAX_PIXELS, DecodePolicy
 from transforms.embed import EmbedSpec
+from transforms.encoders.engines.choice import EngineChoice, EngineName, Precision
 from transforms.encoders.family import EncoderSpec, Pooling
-from transforms.encoders.registry import check_encoder, encoder_names, resolve_input_size
+from transforms.encoders.registry import resolve_input_size
 from transforms.evaluate import EvaluateSpec
 from transforms.exports import ExportSpec
-from transforms.locations import CommandLineText, Location
+from transforms.locations import Location
+from transforms.prepare import Preparation
 from transforms.preprocessing import Interpolation, Preprocessing, Resize
 from transforms.sources.registry import AnySource
 
@@ -33,8 +27,6 @@ EIGEN_POWER = {"none": 0.0, "half": -0.25, "full": -0.5}
 
 # Columns of the index that a join or an export may name beside the configured metadata.
 INDEX_COLUMNS = frozenset({"image_id", "item_id", "source_shard", "row"})
-
-_FORMATS = frozenset({"tfrecord", "files"})
 
 
 def _auto(value: Any) -> Any:
@@ -67,6 +59,59 @@ class Images(Section):
         ge=1,
         description="An image with more pixels is a failure (`too_large`), not a memory problem.",
     )
+    truncated: Literal["fail", "accept"] = Field(
+        "fail",
+        description="What becomes of an image whose bytes end too early: a failure (`truncated`), or "
+        "what there is of it.",
+    )
+    scaled_decoding: bool = Field(
+        True,
+        description="Decode a JPEG at the smallest scale that is not below the encoder's input. Twice "
+        "as fast or more; the vectors differ a little, so it is part of the encoder's fingerprint.",
+    )
+    dicom_frame: Literal["first", "middle"] = Field(
+        "first", description="The frame of a DICOM file that has several."
+    )
+    decode_timeout_sec: float = Field(
+        120.0,
+        gt=0,
+        description="An image that takes longer to decode is tried once more, for as long, in a "
+        "process of its own, and is then a failure (`decoder_timed_out`).",
+    )
+
+
+class CatalogMetadata(Section):
+    """A table of what changes faster than images, joined by id when the index is built.
+
+    Absent unless `paths` is set. A changed table makes a new index and embeds nothing again.
+    """
+
+    paths: tuple[Location, ...] = Field(
+        (),
+        description="The table: `.parquet`, `.csv` or `.csv.gz` files or globs, local or `gs://`; "
+        "`[]` is no table. In CSV an empty value is null.",
+    )
+    key: Literal["item_id", "image_id"] = Field(
+        "item_id", description="The id by which rows are found; an item's values go to all its images."
+    )
+    id_column: str | None = Field(
+        None, min_length=1, description="The table's column with that id; by default named as `key`."
+    )
+    columns: dict[str, Literal["string", "int64", "float64", "bool"]] = Field(
+        default_factory=dict,
+        description="Columns to take, with their types; null where the table does not have the id.",
+    )
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class Catalog(Section):
+    """What is known of the catalogue beside its images."""
+
+    metadata: CatalogMetadata = CatalogMetadata()
 
 
 class Encoder(Section):
@@ -79,7 +124,20 @@ class Encoder(Section):
         "for `custom` a `.keras` file or a SavedModel folder.",
     )
     pooling: Pooling = Field(
-        "avg", description="How the last feature map becomes a vector: `avg`, `max` or `flatten`."
+        "avg",
+        description="How the last feature map becomes a vector: `avg`, `max`, `gem` (their generalised "
+        "mean, power 3) or `flatten`.",
+    )
+    engine: Literal["auto"] | EngineName = Field(
+        "auto",
+        description="What runs the network: `tensorflow` everywhere, `openvino` on CPUs, `jax` on "
+        "GPUs. `auto` keeps the engine of the published snapshot; before the first one a worker says "
+        "which is the fastest that it has.",
+    )
+    precision: Precision = Field(
+        "float32",
+        description="`bfloat16` is about twice as fast where the hardware has it; the vectors differ "
+        "a little, retrieval stays within noise.",
     )
     input_size: tuple[int, int] | None = Field(
         None, description="[height, width]; by default the network's own."
@@ -108,7 +166,22 @@ class Embeddings(Section):
     reuse: bool = Field(
         True,
         description="Take over parts of the published snapshot whose input shard, encoder and "
-        "settings are unchanged, instead of encoding them again.",
+        "settings are unchanged, and vectors of pictures whose bytes are, instead of encoding them "
+        "again.",
+    )
+    max_failed_fraction: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="A run in which a larger part of all images fails is not published.",
+    )
+    max_failed_fraction_per_shard: float = Field(
+        1.0, ge=0, le=1, description="The same for each input shard alone."
+    )
+    resource_hints: dict[str, str] = Field(
+        default_factory=dict,
+        description="Beam's resource hints for the workers that embed, such as `accelerator` and "
+        "`min_ram` (docs/gpu.md).",
     )
 
 
@@ -213,6 +286,7 @@ class Config(Section):
     )
     workspace: Location = Field(description="Folder of all datasets and runs, local or `gs://`.")
     images: Images = Images()
+    catalog: Catalog = Catalog()
     encoder: Encoder = Encoder()
     embeddings: Embeddings = Embeddings()
     index: Index = Index()
@@ -221,20 +295,29 @@ class Config(Section):
     export: Export = Export()
     nightly: Nightly = Nightly()
 
-    def embed_spec(self) -> EmbedSpec:
-        """Returns what decides about embeddings. May open a SavedModel to learn its input size."""
-        encoder = self.encoder_spec()
-        preprocessing = Preprocessing(
-            resolve_input_size(encoder), self.encoder.resize, self.encoder.interpolation
+    def preparation(self) -> Preparation:
+        """Returns what decides which pixels the encoder sees. May open a SavedModel for its size."""
+        images, encoder = self.images, self.encoder
+        return Preparation(
+            DecodePolicy(
+                images.max_pixels, images.truncated, images.scaled_decoding, images.dicom_frame
+            ),
+            Preprocessing(
+                resolve_input_size(self.encoder_spec()), encoder.resize, encoder.interpolation
+            ),
         )
+
+    def embed_spec(self, choice: EngineChoice) -> EmbedSpec:
+        """Returns what decides about embeddings, on an engine that has been settled."""
         return EmbedSpec(
             self.images.sources,
             tuple(self.images.metadata.items()),
-            self.images.max_pixels,
-            encoder,
-            preprocessing,
+            self.preparation(),
+            self.encoder_spec(),
+            choice,
             self.encoder.batch_size,
             self.encoder.decode_threads,
+            self.images.decode_timeout_sec,
         )
 
     def encoder_spec(self) -> EncoderSpec:
@@ -248,6 +331,14 @@ class Config(Section):
             section.input_size,
             section.preprocessing,
         )
+
+    def table_spec(self) -> TableSpec | None:
+        """Returns the metadata table as asked for, or None where there is none."""
+        section = self.catalog.metadata
+        if not section.paths:
+            return None
+        columns = tuple(section.columns.items())
+        return TableSpec(section.paths, section.key, section.id_column or section.key, columns)
 
     def index_spec(self) -> IndexSpec:
         """Returns the index as asked for."""
@@ -289,219 +380,3 @@ class Config(Section):
         """Returns what is exported."""
         section = self.export
         return ExportSpec(section.formats, section.columns, section.min_score)
-
-
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads and checks a configuration file with `a.b=value` overrides.
-
-    Raises ConfigError, which lists every problem with its full key path.
-    """
-    try:
-        text = storage.read_bytes(path).decode()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(
-            f"The configuration file {path} does not exist. Give one with --config FILE; "
-            "configs/local.yaml of the repository is a complete example."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file: {error}. Give a YAML file.") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}. Correct it there.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} holds {type(values).__name__}, wanted a mapping with sections such as "
-            "`workspace` and `images`. See docs/configuration.md."
-        )
-    for override in overrides:
-        _apply_override(values, override)
-    base = path.rsplit("/", 1)[0] if storage.is_remote(path) else os.path.dirname(
-        os.path.abspath(path)
-    )  # fmt: skip
-    try:
-        config = Config.model_validate(values, context={"base": base})
-    except ValidationError as error:
-        problems = "\n".join(f"  {_explain(problem)}" for problem in _causes(error.errors()))
-        raise ConfigError(f"The configuration {path} is wrong:\n{problems}") from error
-    config = _resolve_weights(config, base, overrides)
-    check_config(config)
-    return config
-
-
-def _resolve_weights(config: Config, base: str, overrides: Sequence[str]) -> Config:
-    """Makes a path of weights absolute, by the same rule as other paths."""
-    weights = config.encoder.weights
-    if weights in ("imagenet", "random"):
-        return config
-    typed = any(override.startswith("encoder.weights=") for override in overrides)
-    path = os.path.join(os.getcwd() if typed else base, os.path.expanduser(weights))
-    encoder = config.encoder.model_copy(update={"weights": os.path.normpath(path)})
-    return config.model_copy(update={"encoder": encoder})
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets one dotted key; list items are addressed by number. The value is YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(
-            f"--set got {override!r}, wanted key=value with a dotted key, as in --set join.k=10."
-        )
-    try:
-        value = _mark_typed(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: {text!r} is not valid YAML: {error}.") from error
-    *parents, last = key.split(".")
-    node: Any = values
-    for name in parents:
-        if isinstance(node, dict):
-            if not isinstance(node.get(name), dict | list):
-                node[name] = {}
-            node = node[name]
-        elif isinstance(node, list) and name.isdigit() and int(name) < len(node):
-            node = node[int(name)]
-        else:
-            raise ConfigError(f"--set {key}: {name!r} is no key and no item of the configuration.")
-    if isinstance(node, dict):
-        node[last] = value
-    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
-    else:
-        raise ConfigError(f"--set {key}: {last!r} is no key and no item of the configuration.")
-
-
-def _mark_typed(value: Any) -> Any:
-    if isinstance(value, str):
-        return CommandLineText(value)
-    if isinstance(value, list):
-        return [_mark_typed(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _mark_typed(item) for key, item in value.items()}
-    return value
-
-
-def _causes(problems: Sequence[Any]) -> list[Any]:
-    """Leaves out what pydantic says of a list only because an item of it is wrong."""
-    places = [problem["loc"] for problem in problems]
-    return [
-        problem
-        for problem in problems
-        if not any(len(place) > len(problem["loc"]) and place[: len(problem["loc"])] == problem["loc"]
-                   for place in places)
-    ]  # fmt: skip
-
-
-def _is_tag(loc: Sequence[Any], place: int) -> bool:
-    """Tells whether a part of a location is a source's format, which pydantic puts after its number."""
-    return place > 0 and loc[place] in _FORMATS and isinstance(loc[place - 1], int)
-
-
-def _explain(problem: Any) -> str:
-    """Says of one validation problem: full key path, got, wanted, what to do."""
-    loc = problem["loc"]
-    path = [part for place, part in enumerate(loc) if not _is_tag(loc, place)]
-    where = ".".join(str(part) for part in path)
-    got = problem["input"]
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
-        close = difflib.get_close_matches(str(path[-1]), known, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        return f"{where}: unknown key. {hint}Known keys here: {', '.join(sorted(known))}."
-    if problem["type"] == "missing":
-        return f"{where}: missing. It has no default: set it."
-    if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{where}.format: got {_shown(got, 'format')}, wanted one of {sorted(_FORMATS)}. Set it."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: got {got!r}, wanted: {message}. Correct the value (docs/configuration.md)."
-
-
-def _shown(got: Any, key: str) -> str:
-    return repr(got.get(key)) if isinstance(got, dict) else repr(got)
-
-
-def _known_keys(path: Sequence[Any]) -> list[str]:
-    """Returns the keys that the section at a location may have."""
-    models: list[Any] = [Config]
-    for place, part in enumerate(path):
-        if isinstance(part, int):
-            continue
-        if _is_tag(path, place):
-            models = [m for m in models if part in get_args(m.model_fields["format"].annotation)]
-            continue
-        models = [
-            found
-            for model in models
-            if part in model.model_fields
-            for found in _models_in(model.model_fields[part].annotation)
-        ]
-    return sorted({key for model in models for key in model.model_fields})
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    """Returns the models that a type annotation mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    parts = getattr(annotation, "__args__", ())
-    return [model for part in parts for model in _models_in(part)]
-
-
-def check_config(config: Config) -> None:
-    """Refuses combinations that cannot work. Raises ConfigError."""
-    if config.encoder.name not in encoder_names():
-        raise ConfigError(
-            f"encoder.name: got {config.encoder.name!r}, wanted one of "
-            f"{', '.join(encoder_names())}. Correct the name."
-        )
-    check_encoder(config.encoder_spec())
-    taken = sorted(RESERVED_COLUMNS & set(config.images.metadata))
-    if taken:
-        raise ConfigError(
-            f"images.metadata: {taken[0]!r} is a column that Kith writes itself, wanted a name of "
-            "your own. Rename it with images.sources.features.metadata."
-        )
-    labels = [source.label for source in config.images.sources]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ConfigError(
-                f"images.sources: {labels.count(label)} sources are named {label!r}, wanted "
-                "different names. Set `name` of each source."
-            )
-    if config.images.sources:
-        _check_columns(config)
-    both = set(config.join.rules.same) & set(config.join.rules.different)
-    if both:
-        raise ConfigError(
-            f"join.rules: {sorted(both)[0]!r} is in `same` and in `different`, so no pair could be "
-            "neighbours. Remove it from one of them."
-        )
-    twice = sorted(name for name, number in Counter(config.export.columns).items() if number > 1)
-    if twice:
-        raise ConfigError(
-            f"export.columns: got {twice[0]!r} more than once, wanted each column once. Remove one."
-        )
-    index = config.index
-    if index.nlist is not None and index.nprobe is not None and index.nprobe > index.nlist:
-        raise ConfigError(
-            f"index.nprobe: got {index.nprobe}, wanted at most index.nlist ({index.nlist}). "
-            "Lower it, or set it to auto."
-        )
-
-
-def _check_columns(config: Config) -> None:
-    """Refuses columns that the catalogue will not have; datasets made elsewhere have their own."""
-    known = sorted(set(config.images.metadata) | INDEX_COLUMNS)
-    evaluate = config.evaluate
-    named: dict[str, Iterable[str | None]] = {
-        "join.rules.same": config.join.rules.same,
-        "join.rules.different": config.join.rules.different,
-        "export.columns": config.export.columns,
-        "evaluate.truth": [evaluate.truth],
-        "evaluate.group_by": [evaluate.group_by],
-    }
-    for key, names in named.items():
-        for name in names:
-            if name is not None and name not in known:
-                raise ConfigError(
-                    f"{key}: got {name!r}, wanted one of the columns {', '.join(known)}. "
-                    "Add it to images.metadata or correct the name."
-                )

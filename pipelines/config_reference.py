@@ -57,12 +57,43 @@ images:
       paths: ["photos/*.jpg"]
       name: photos
       files_per_shard: 1024
+    - format: webdataset
+      paths: ["tars/*.tar"]
+      name: tars
+      fields:
+        image: [jpg, jpeg, png, webp, gif, bmp, tif, tiff, dcm, jp2, avif, heic, heif, ico]
+        json_member: json
+        image_id: __key__
+        item_id: null
+        metadata: {}
+    - format: parquet
+      paths: ["parquet/*.parquet"]
+      name: parquet
+      columns: {image: image, image_id: image_id, item_id: null, metadata: {}}
+      rows_per_shard: 4096
+    - format: table
+      paths: ["tables/images.csv"]
+      name: table
+      columns: {uri: uri, version: null, image_id: image_id, item_id: null, metadata: {}}
+      delimiter: ","
+      rows_per_shard: 1024
+      fetch_threads: 16
+      fetch_attempts: 3
+      fetch_backoff_sec: 0.5
   metadata: {}
   max_pixels: 178956970
+  truncated: fail
+  scaled_decoding: true
+  dicom_frame: first
+  decode_timeout_sec: 120.0
+catalog:
+  metadata: {paths: [], key: item_id, id_column: null, columns: {}}
 encoder:
   name: efficientnet_lite0
   weights: imagenet
   pooling: avg
+  engine: auto
+  precision: float32
   input_size: null
   preprocessing: null
   resize: crop
@@ -72,6 +103,9 @@ encoder:
   decode_threads: auto
 embeddings:
   reuse: true
+  max_failed_fraction: 1.0
+  max_failed_fraction_per_shard: 1.0
+  resource_hints: {}
 index:
   metric: cosine
   transform: {type: none, dim: 256, whitening: half}
@@ -151,7 +185,8 @@ def _table(model: type[BaseModel], path: str) -> str:
         if not _is_section(field):
             text = (field.description or "Says which source this is.").replace("|", "\\|")
             lines.append(f"| `{_key(path, name)}` | {_type(field)} | {_default(field)} | {text} |")
-    return "\n".join(lines) + "\n"
+    # A section that only holds sections has no table.
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def _type(field: FieldInfo) -> str:

@@ -5,7 +5,8 @@ from index_builder.errors import DatasetError
 from index_builder.shards import open_index
 from pipelines.build_index import index_identity
 from pipelines.config import Config
-from pipelines.embed_images import plan_embedding
+from pipelines.embed_plan import plan_embedding
+from pipelines.engine_choice import recall_engine
 from pipelines.join_neighbors import neighbors_identity
 from pipelines.preflight import require_sources
 from pipelines.stage import dataset_folder
@@ -14,7 +15,14 @@ from pipelines.stage import dataset_folder
 def find_embeddings(config: Config) -> tuple[str, str]:
     """Returns the folders of the embeddings and failures of a configuration. Raises DatasetError."""
     require_sources(config)
-    plan = plan_embedding(config)
+    choice = recall_engine(config)
+    if choice is None:
+        raise DatasetError(
+            f"There is no embeddings dataset for this configuration in {config.workspace}: nothing was "
+            "embedded yet. Run kith embed with the same configuration first, or name a finished "
+            "dataset with --embeddings."
+        )
+    plan = plan_embedding(config, choice)
     _require(plan.graph.embeddings_folder, "embeddings", "kith embed", "--embeddings")
     return plan.graph.embeddings_folder, plan.graph.failures_folder
 

@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 
 from index_builder import storage
-from index_builder.errors import ConfigError, FingerprintError, KithError
-from index_builder.fingerprints import fingerprint
+from index_builder.errors import ConfigError, FingerprintError, ImageError, KithError
 from index_builder.search import describe_neighbors, search_vectors
 from index_builder.shards import IndexDataset, open_index
-from index_builder.vectors import unit_float16
 from pipelines.config import Config
+from pipelines.engine_choice import engine_in
+from pipelines.reuse import differences
 from transforms.embed import EmbedSpec
+from transforms.encode import encode_batch
+from transforms.encoders.engines.choice import EngineChoice
 from transforms.encoders.registry import load_encoder
 from transforms.failures import Failure
-from transforms.prepare import prepare_image
+from transforms.prepare import PreparedImage, failure_of, prepare_image
 from transforms.sources.base import ImageRecord
 
 
@@ -50,7 +52,7 @@ def search_images(
     encoder is not the one that the index was made with.
     """
     index = open_index(index_folder)
-    spec = config.embed_spec()
+    spec = config.embed_spec(_engine_for(config, index))
     check_encoder_fits(index, spec)
     known = [field["name"] for field in index.manifest.schema]
     for name in columns:
@@ -60,43 +62,48 @@ def search_images(
                 f"{', '.join(known)}. Choose one of those."
             )
     records = [_read(path) for path in images]
-    prepared = [prepare_image(record, spec.preprocessing, spec.max_pixels) for record in records]
+    prepared = [prepare_image(record, spec.preparation) for record in records]
     results: dict[int, SearchResult] = {}
-    found = [(i, image) for i, image in enumerate(prepared) if not isinstance(image, Failure)]
+    found = [(i, image) for i, image in enumerate(prepared) if isinstance(image, PreparedImage)]
     for i, image in enumerate(prepared):
         if isinstance(image, Failure):
             results[i] = SearchResult(images[i], [], image)
-    encoder = load_encoder(spec.encoder, spec.batch_size) if found else None
+    encoder = load_encoder(spec.encoder, spec.batch_size, spec.choice) if found else None
     for start in range(0, len(found), spec.batch_size):
         batch = found[start : start + spec.batch_size]
         assert encoder is not None
-        vectors, valid = unit_float16(encoder.encode(np.stack([image.pixels for _, image in batch])))
-        for (i, image), ok in zip(batch, valid, strict=True):
-            if not ok:
-                where, error = image.record.source_shard, "The encoder returned no usable vector."
-                failure = Failure(images[i], where, 0, "encode", "zero_vector", error)
-                results[i] = SearchResult(images[i], [], failure)
-        usable = [i for (i, _), ok in zip(batch, valid, strict=True) if ok]
+        encoded = encode_batch(encoder, np.stack([image.pixels for _, image in batch]))
+        usable, vectors = [], []
+        for (i, image), vector in zip(batch, encoded, strict=True):
+            if isinstance(vector, ImageError):
+                results[i] = SearchResult(images[i], [], failure_of(image.record, "encode", vector))
+            else:
+                usable.append(i)
+                vectors.append(vector)
         if usable:
-            top = search_vectors(index, vectors[valid], k, nprobe)
+            top = search_vectors(index, np.stack(vectors), k, nprobe)
             for i, neighbors in zip(usable, describe_neighbors(index, top, columns), strict=True):
                 results[i] = SearchResult(images[i], neighbors)
     return [results[i] for i in range(len(images))]
 
 
+def _engine_for(config: Config, index: IndexDataset) -> EngineChoice:
+    """Returns the configuration's engine; with `auto` the one that the index was made with."""
+    section = config.encoder
+    if section.engine != "auto":
+        return EngineChoice(section.engine, section.precision)
+    return EngineChoice(
+        engine_in(index.manifest.properties["encoder"], index.folder), section.precision
+    )
+
+
 def check_encoder_fits(index: IndexDataset, spec: EmbedSpec) -> None:
     """Raises FingerprintError when an index was made with another encoder or preprocessing."""
-    wanted = index.manifest.properties["encoder"]
-    got = spec.encoder_fingerprint()
-    if fingerprint(wanted) != fingerprint(got):
-        differing = sorted(key for key in {*wanted, *got} if wanted.get(key) != got.get(key))
-        details = "; ".join(
-            f"{key}: the index has {wanted.get(key)!r}, the configuration {got.get(key)!r}"
-            for key in differing
-        )
+    differing = differences(index.manifest.properties["encoder"], spec.encoder_fingerprint())
+    if differing:
         raise FingerprintError(
             f"The encoder of the configuration is not the one that {index.folder} was made with, so "
-            f"their vectors cannot be compared ({details}). Use the configuration of that index, or "
+            f"their vectors cannot be compared ({differing}). Use the configuration of that index, or "
             "build an index with this one."
         )
 

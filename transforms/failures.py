@@ -18,6 +18,7 @@ SCHEMA = pa.schema(
         pa.field("stage", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("error", pa.string(), nullable=False),
+        pa.field("offset", pa.int64()),
     ]
 )
 
@@ -28,7 +29,10 @@ UNREADABLE_REGION = "unreadable_region"
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """One row: where the image was, the stage that gave up, a short stable code and the text."""
+    """One row: where the image was, the stage that gave up, a short stable code and the text.
+
+    `offset` is for an unreadable region: the byte of the container at which it begins.
+    """
 
     image_id: str | None
     source_shard: str
@@ -36,6 +40,7 @@ class Failure:
     stage: str
     reason: str
     error: str
+    offset: int | None = None
 
 
 def write_failures(path: str, failures: Sequence[Failure]) -> None:

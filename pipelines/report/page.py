@@ -22,7 +22,7 @@ from PIL import Image
 from index_builder.errors import ImageError
 from pipelines.report import figures
 from pipelines.report.gallery import KINDS, UNGROUPED, arrange_gallery, is_picture
-from transforms.decoding import decode_image
+from transforms.decoding import DecodePolicy, decode_image
 
 MAX_FAILURES_SHOWN = 200
 THUMBNAIL_SIZE = 128
@@ -163,7 +163,7 @@ def thumbnail(data: bytes, max_pixels: int) -> str | None:
     None when the image cannot be decoded or its header states more than `max_pixels` pixels.
     """
     try:
-        pixels = decode_image(data, max_pixels=max_pixels).pixels
+        pixels = decode_image(data, DecodePolicy(max_pixels)).pixels
     except ImageError:
         return None
     image = Image.fromarray(pixels)

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_loading import load_config
 from pipelines.runners import RunnerSpec
 from pipelines.stage import Session
 
@@ -54,6 +55,7 @@ def write_config(path: Path, catalogue: Path | str, workspace: Path | str, **sec
             ],
             "metadata": METADATA,
         },
+        "encoder": {"engine": "tensorflow"},
         "index": {"transform": {"type": "pca", "dim": 32}, "shards": 3},
         "join": {"k": 5},
         "evaluate": {"truth": "object_id", "group_by": "category", "sample": 20},

@@ -19,6 +19,7 @@ from index_builder.vectors import unit_float16
 from tests.catalog_fixtures import Published, vectors_of
 from tests.pipeline.small_catalogue import METADATA, load, write_config
 from transforms.decoding import decode_image
+from transforms.encoders.engines.choice import DEFAULT_CHOICE
 from transforms.encoders.registry import load_encoder
 
 K = 5
@@ -48,8 +49,9 @@ def direct(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Direct:
     import tensorflow as tf
 
     path = tmp_path_factory.mktemp("direct") / "c.yaml"
-    spec = load(write_config(path, catalogue, path.parent / "w")).embed_spec()
+    spec = load(write_config(path, catalogue, path.parent / "w")).embed_spec(DEFAULT_CHOICE)
     encoder = load_encoder(spec.encoder, spec.batch_size)
+    preprocessing = spec.preparation.preprocessing
     shards = []
     for file in sorted((catalogue / "catalog").iterdir()):
         records = []
@@ -69,11 +71,11 @@ def direct(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Direct:
         pixels = []
         for image_id, columns, data in records:
             try:
-                image = decode_image(data)
+                image = decode_image(data, needed=preprocessing.needed_size)
             except ImageError as error:
                 failed[image_id] = error.reason
                 continue
-            pixels.append(spec.preprocessing.apply(image.pixels))
+            pixels.append(preprocessing.apply(image.pixels))
             ids.append(image_id)
             metadata.append(columns)
         for start in range(0, len(pixels), spec.batch_size):

@@ -14,10 +14,11 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from index_builder.errors import DatasetError
 from pipelines import embed_images, join_neighbors
-from pipelines.embed_images import plan_embedding
+from pipelines.embed_plan import plan_embedding
 from pipelines.nightly import run_nightly
 from pipelines.runners import describe_pipeline
 from tests.pipeline.small_catalogue import dataset_bytes, load, session, write_config
+from transforms.encoders.engines.choice import DEFAULT_CHOICE
 
 
 def free_port() -> int:
@@ -45,7 +46,9 @@ def fused_stages(define) -> list[list[str]]:
 
 
 def test_embedding_is_one_fused_step(catalogue: Path, tmp_path: Path) -> None:
-    plan = plan_embedding(load(write_config(tmp_path / "c.yaml", catalogue, tmp_path / "w")))
+    plan = plan_embedding(
+        load(write_config(tmp_path / "c.yaml", catalogue, tmp_path / "w")), DEFAULT_CHOICE
+    )
     stages = fused_stages(lambda root: embed_images.define_pipeline(root, plan.graph))
     working = [steps for steps in stages if any(s.endswith("EmbedShard") for s in steps)]
     assert len(working) == 1

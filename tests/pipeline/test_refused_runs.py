@@ -191,7 +191,7 @@ def test_search_refuses_the_index_of_another_encoder(
     status, result, _ = kith(capsys, "search", image, "--config", config, *overrides)
     assert (status, result["error"]["kind"]) == (1, "FingerprintError")
     message = result["error"]["message"]
-    assert "encoder: the index has 'efficientnet_lite0', the configuration 'resnet50'" in message
+    assert "encoder: the dataset has 'efficientnet_lite0', the configuration 'resnet50'" in message
     assert "Use the configuration of that index" in message
 
 

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import pytest
@@ -13,10 +14,12 @@ from index_builder.manifests import WORK_FOLDER
 from index_builder.shards import open_index
 from pipelines import build_index, embed_images, export_neighbors, join_neighbors
 from pipelines.build_index import IdCheck
+from pipelines.embed_plan import EmbedPlan, plan_embedding
 from pipelines.runners import RunnerSpec, describe_pipeline, run_pipeline
 from tests.catalog_fixtures import Published
 from tests.pipeline.small_catalogue import load, write_config
 from transforms.duplicates import IdPart
+from transforms.encoders.engines.choice import DEFAULT_CHOICE
 from transforms.index import BuildSpec
 
 Define = Callable[[beam.Pipeline], object]
@@ -54,9 +57,9 @@ def stages_with(stages: list[list[str]], label: str) -> list[list[str]]:
     return [stage for stage in stages if any(name.endswith(label) for name in stage)]
 
 
-def embed_graph(catalogue: Path, folder: Path) -> tuple[embed_images.EmbedPlan, Define]:
-    config = load(write_config(folder / "c.yaml", catalogue, folder / "w"))
-    plan = embed_images.plan_embedding(config)
+def embed_graph(catalogue: Path, folder: Path, **sections: Any) -> tuple[EmbedPlan, Define]:
+    config = load(write_config(folder / "c.yaml", catalogue, folder / "w", **sections))
+    plan = plan_embedding(config, DEFAULT_CHOICE)
     return plan, lambda root: embed_images.define_pipeline(root, plan.graph)
 
 
@@ -79,6 +82,27 @@ def test_embedding_is_one_fused_stage_that_nothing_follows(catalogue: Path, tmp_
         if "EmbedImages" in transform.unique_name
     }
     assert list(outputs.values()) == ["EmbedImages/EmbedShard"]
+
+
+def test_resource_hints_leave_the_work_in_one_stage(catalogue: Path, tmp_path: Path) -> None:
+    _, plain = embed_graph(catalogue, tmp_path)
+    hints = {"min_ram": "8GB", "accelerator": "type:nvidia-l4;count:1"}
+    _, hinted = embed_graph(catalogue, tmp_path, embeddings={"resource_hints": hints})
+    # Other workers read the tasks once more; from reading to writing it is one stage as before.
+    assert len(fused_stages(hinted)) == len(fused_stages(plain)) + 1
+    (working,) = stages_with(fused_stages(hinted), "EmbedShard")
+    assert [name for name in working if not name.startswith("ref_")] == ["EmbedImages/EmbedShard"]
+    proto = describe_pipeline(hinted)
+    (embed,) = (
+        transform
+        for transform in proto.components.transforms.values()
+        if transform.unique_name == "EmbedImages/EmbedShard"
+    )
+    stated = proto.components.environments[embed.environment_id].resource_hints
+    assert stated == {
+        "beam:resources:min_ram_bytes:v1": b"8000000000",
+        "beam:resources:accelerator:v1": b"type:nvidia-l4;count:1",
+    }
 
 
 def test_no_pixels_leave_the_embed_stage(catalogue: Path, tmp_path: Path, boundary: list[int]) -> None:

@@ -157,10 +157,10 @@ def test_a_workspace_that_cannot_be_written_ends_with_2(
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("build", "There is no embeddings dataset for this configuration and catalogue"),
-        ("join", "There is no embeddings dataset for this configuration and catalogue"),
-        ("export", "There is no embeddings dataset for this configuration and catalogue"),
-        ("evaluate", "There is no embeddings dataset for this configuration and catalogue"),
+        ("build", "There is no embeddings dataset for this configuration in"),
+        ("join", "There is no embeddings dataset for this configuration in"),
+        ("export", "There is no embeddings dataset for this configuration in"),
+        ("evaluate", "There is no embeddings dataset for this configuration in"),
         ("search", "Nothing is published in "),
         ("report", "Nothing is published in "),
     ],

@@ -9,7 +9,10 @@ import pytest
 from index_builder.errors import ConfigError
 from index_builder.join import JoinSpec
 from index_builder.rules import JoinRules
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_loading import load_config
+from transforms.decoding import DecodePolicy
+from transforms.encoders.engines.choice import EngineChoice
 from transforms.encoders.registry import encoder_names
 from transforms.sources.files import FilesSource
 from transforms.sources.tfrecord import TFRecordSource
@@ -37,11 +40,22 @@ def test_what_is_left_out_has_its_documented_default(tmp_path: Path) -> None:
     assert config.model_dump() == {
         "runner": "DirectRunner",
         "workspace": str(tmp_path / "w"),
-        "images": {"sources": (), "metadata": {}, "max_pixels": 178_956_970},
+        "images": {
+            "sources": (),
+            "metadata": {},
+            "max_pixels": 178_956_970,
+            "truncated": "fail",
+            "scaled_decoding": True,
+            "dicom_frame": "first",
+            "decode_timeout_sec": 120.0,
+        },
+        "catalog": {"metadata": {"paths": (), "key": "item_id", "id_column": None, "columns": {}}},
         "encoder": {
             "name": "efficientnet_lite0",
             "weights": "imagenet",
             "pooling": "avg",
+            "engine": "auto",
+            "precision": "float32",
             "input_size": None,
             "preprocessing": None,
             "resize": "crop",
@@ -50,7 +64,12 @@ def test_what_is_left_out_has_its_documented_default(tmp_path: Path) -> None:
             "batch_size": 32,
             "decode_threads": None,
         },
-        "embeddings": {"reuse": True},
+        "embeddings": {
+            "reuse": True,
+            "max_failed_fraction": 1.0,
+            "max_failed_fraction_per_shard": 1.0,
+            "resource_hints": {},
+        },
         "index": {
             "metric": "cosine",
             "transform": {"type": "none", "dim": 256, "whitening": "half"},
@@ -121,6 +140,10 @@ images:
   sources: [{format: files, paths: p/*}]
   metadata: {brand: string, price: float64, kind: string}
   max_pixels: 1000
+  truncated: accept
+  scaled_decoding: false
+  dicom_frame: middle
+  decode_timeout_sec: 9.5
 encoder: {name: resnet50, weights: random, pooling: max, input_size: [64, 96], resize: pad,
           interpolation: area, seed: 3, batch_size: 7, decode_threads: 2}
 index: {transform: {type: pca, dim: 12, whitening: full}, nlist: 9, nprobe: 3, shards: 2,
@@ -130,17 +153,22 @@ evaluate: {sample: 10, seed: 6, truth: kind, truth_k: 9, group_by: brand, exampl
 export: {formats: [jsonl], columns: [price, kind], min_score: 0.25}
 """,
     )
-    embed = config.embed_spec()
+    embed = config.embed_spec(EngineChoice("openvino", "bfloat16"))
     assert embed.metadata == (("brand", "string"), ("price", "float64"), ("kind", "string"))
-    assert embed.max_pixels == 1000
+    assert embed.preparation.policy == DecodePolicy(1000, "accept", False, "middle")
+    assert embed.timeout_sec == 9.5
+    assert embed.choice == EngineChoice("openvino", "bfloat16")
     assert (embed.encoder.name, embed.encoder.weights, embed.encoder.pooling) == (
         "resnet50",
         "random",
         "max",
     )
     assert (embed.encoder.seed, embed.batch_size, embed.threads) == (3, 7, 2)
-    assert embed.preprocessing.input_size == (64, 96)
-    assert (embed.preprocessing.resize, embed.preprocessing.interpolation) == ("pad", "area")
+    assert embed.preparation.preprocessing.input_size == (64, 96)
+    assert (embed.preparation.preprocessing.resize, embed.preparation.preprocessing.interpolation) == (
+        "pad",
+        "area",
+    )
 
     index = config.index_spec()
     assert (index.transform.kind, index.transform.dim) == ("pca", 12)
@@ -181,8 +209,8 @@ def test_the_configuration_of_the_repository_loads(monkeypatch: pytest.MonkeyPat
         ),
         (
             "nightli: {publish: false}",
-            "nightli: unknown key. Did you mean 'nightly'? Known keys here: embeddings, encoder, "
-            "evaluate, export, images, index, join, nightly, runner, workspace.",
+            "nightli: unknown key. Did you mean 'nightly'? Known keys here: catalog, embeddings, "
+            "encoder, evaluate, export, images, index, join, nightly, runner, workspace.",
         ),
         ("join: {rules: {zzz: [a]}}", "join.rules.zzz: unknown key. Known keys here: different, same."),
         (
@@ -269,7 +297,8 @@ def test_a_workspace_is_needed(tmp_path: Path) -> None:
 def test_a_source_needs_a_known_format(tmp_path: Path, entry: str, got: str) -> None:
     message = refusal(tmp_path, WORKSPACE + f"images: {{sources: [{{{entry}paths: a}}]}}\n")
     assert message.endswith(
-        f"\n  images.sources.0.format: got {got}, wanted one of ['files', 'tfrecord']. Set it."
+        f"\n  images.sources.0.format: got {got}, wanted one of ['files', 'parquet', 'table', "
+        "'tfrecord', 'webdataset']. Set it."
     )
 
 
@@ -297,7 +326,8 @@ def test_a_source_needs_a_known_format(tmp_path: Path, entry: str, got: str) -> 
         (
             WORKSPACE + "images: {metadata: {vector: string}}",
             "images.metadata: 'vector' is a column that Kith writes itself, wanted a name of your "
-            "own. Rename it with images.sources.features.metadata.",
+            "own. Rename it with the metadata mapping of the source (`features`, `fields` or "
+            "`columns`).",
         ),
         (
             WORKSPACE + "images: {sources: [{format: files, paths: a/*}, {format: files, paths: a/b}]}",
@@ -326,7 +356,7 @@ def test_columns_that_the_catalogue_will_not_have_are_refused(
     source = "images: {sources: [{format: files, paths: a/*}], metadata: {brand: string}}\n"
     assert refusal(tmp_path, WORKSPACE + source + text) == (
         f"{key}: got 'brandt', wanted one of the columns brand, image_id, item_id, row, "
-        "source_shard. Add it to images.metadata or correct the name."
+        "source_shard. Add it to images.metadata or catalog.metadata.columns, or correct the name."
     )
     # Datasets made elsewhere have columns of their own, which no configuration lists.
     load(tmp_path, WORKSPACE + text)
@@ -481,3 +511,16 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kith.yaml").write_bytes(b"\x89PNG\xff")
     with pytest.raises(ConfigError, match="is not a text file: .* Give a YAML file"):
         load_config(str(tmp_path / "kith.yaml"))
+
+
+def test_resource_hints_are_those_of_beam(tmp_path: Path) -> None:
+    hints = "embeddings: {resource_hints: {accelerator: 'type:nvidia-l4;count:1', min_ram: 8GB}}"
+    config = load(tmp_path, f"{WORKSPACE}\n{hints}")
+    assert config.embeddings.resource_hints["min_ram"] == "8GB"
+    with pytest.raises(ConfigError, match=r"embeddings.resource_hints: .*horses.* Name hints of Beam"):
+        load(tmp_path, f"{WORKSPACE}\nembeddings: {{resource_hints: {{horses: '2'}}}}")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not valid YAML: the key 'k' stands twice(.|\n)*line 4"):
+        load(tmp_path, f"{WORKSPACE}join:\n  k: 5\n  k: 6\n")

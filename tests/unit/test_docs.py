@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from pipelines import cli, config_reference
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_loading import load_config
 from transforms import failures, pixel_rules
+from transforms.sources.registry import FORMATS, AnySource
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -38,7 +41,9 @@ def yaml_examples() -> list[tuple[str, str]]:
 
 def commands() -> list[str]:
     return [
-        str(command.callback.__name__) for command in cli.app.registered_commands if command.callback
+        command.name or str(command.callback.__name__)
+        for command in cli.app.registered_commands
+        if command.callback
     ]
 
 
@@ -90,7 +95,10 @@ def test_every_default_of_the_reference_is_the_default_of_the_code(tmp_path: Pat
     expected = default.model_dump()
     expected["images"].pop("sources")
     assert stated == expected
-    assert [source["format"] for source in sources] == ["tfrecord", "files"]
+    assert {source["format"] for source in sources} == FORMATS
+    for source in sources:
+        kind = TypeAdapter(AnySource).validate_python({k: source[k] for k in ("format", "paths")})
+        assert kind.model_dump() | {"name": source["name"]} == source
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -136,9 +144,9 @@ def test_documented_commands_exist() -> None:
     known = set(commands())
     for page in PAGES:
         text = page.read_text("utf-8")
-        assert set(re.findall(r"`kith ([a-z]+)", text)) <= known, name(page)
+        assert set(re.findall(r"`kith ([a-z][a-z-]*)", text)) <= known, name(page)
         for script in fences(page, "bash"):
-            assert set(re.findall(r"\bkith ([a-z]+) ", script)) <= known, name(page)
+            assert set(re.findall(r"\bkith ([a-z][a-z-]*) ", script)) <= known, name(page)
 
 
 def test_every_reason_of_a_failure_is_explained() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from index_builder.errors import ConfigError, KithError
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_loading import load_config
 from pipelines.preflight import (
     PACKAGES,
     RECORDED,

@@ -186,3 +186,15 @@ def test_paths_are_joined_for_disks_and_buckets() -> None:
     assert storage.join("relative", "x") == "relative/x"
     assert storage.is_remote("gs://bucket/a")
     assert not storage.is_remote("/a/b")
+
+
+def test_glob_follows_links_to_files(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.bin").write_bytes(b"a")
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "seen" / "linked.bin").symlink_to(tmp_path / "real" / "a.bin")
+    (tmp_path / "seen" / "own.bin").write_bytes(b"b")
+    (tmp_path / "seen" / "broken.bin").symlink_to(tmp_path / "nothing")
+    (tmp_path / "seen" / "folder.bin").symlink_to(tmp_path / "real")
+    found = storage.glob(str(tmp_path / "seen" / "*.bin"))
+    assert found == [str(tmp_path / "seen" / name) for name in ("linked.bin", "own.bin")]

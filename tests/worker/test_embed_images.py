@@ -20,9 +20,11 @@ from tests.catalog_fixtures import read_dataset, vectors_of
 from tests.pipeline.small_catalogue import SAMPLES
 from tests.unit.records_for_tests import example, frame
 from transforms import embed, failures
+from transforms.decoding import DecodePolicy
 from transforms.embed import EmbedImages, EmbedSpec, EmbedTask
 from transforms.encoders.family import EncoderSpec
 from transforms.encoders.registry import load_encoder
+from transforms.prepare import Preparation
 from transforms.preprocessing import Preprocessing
 from transforms.sources.files import FilesSource
 from transforms.sources.tfrecord import TFRecordSource
@@ -56,13 +58,16 @@ class Embedded:
     counters: dict[str, int]
 
 
+def preparation(size: int = 224, **policy: Any) -> Preparation:
+    return Preparation(DecodePolicy(**{"max_pixels": 4_000_000, **policy}), Preprocessing((size, size)))
+
+
 def spec_of(source: Any, **changes: Any) -> EmbedSpec:
     spec = EmbedSpec(
         sources=(source,),
         metadata=(("category", "string"),),
-        max_pixels=4_000_000,
+        preparation=preparation(),
         encoder=EncoderSpec("efficientnet_lite0"),
-        preprocessing=Preprocessing((224, 224)),
         batch_size=8,
     )
     return dataclasses.replace(spec, **changes)
@@ -155,12 +160,16 @@ def test_counters_and_parts_agree(hard: Embedded) -> None:
     for part in hard.parts:
         read, failed = part.properties["images_read"], part.properties["images_failed"]
         assert read == part.rows + sum(failed.values())
+        assert part.rows == part.properties["images_embedded"]
         assert part.properties["dim"] == 1280
     counters = dict(hard.counters)
     assert counters.pop("embed.milliseconds") > 0
     assert counters == {
         "embed.images_in": 12,
         "embed.images_out": 9,
+        "embed.images_reused": 0,
+        "embed.model_calls": 2,
+        "embed.unreadable_regions": 0,
         "embed.images_failed_empty": 1,
         "embed.images_failed_truncated": 1,
         "embed.images_failed_unsupported_format": 1,
@@ -229,7 +238,7 @@ def test_a_zero_vector_is_a_failure(tmp_path: Path) -> None:
     encoder = EncoderSpec(
         "custom", str(tmp_path / "model.keras"), "avg", 0, (4, 4), preprocessing="none"
     )
-    found = run_step(tmp_path, spec_of(source, encoder=encoder, preprocessing=Preprocessing((4, 4))))
+    found = run_step(tmp_path, spec_of(source, encoder=encoder, preparation=preparation(4)))
     assert [row["image_id"] for row in found.rows] == ["black.png"]
     (failure,) = found.failures
     assert (failure["image_id"], failure["stage"], failure["reason"]) == (

@@ -1,0 +1,107 @@
+"""Combinations of settings that cannot work, refused before any work."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from apache_beam.transforms.resources import parse_resource_hints
+
+from index_builder.embeddings import RESERVED_COLUMNS
+from index_builder.errors import ConfigError
+from index_builder.table_files import check_collisions
+from pipelines.config import INDEX_COLUMNS, CatalogMetadata, Config
+from transforms.encoders.registry import check_encoder, encoder_names
+
+
+def check_config(config: Config) -> None:
+    """Refuses combinations that cannot work. Raises ConfigError."""
+    if config.encoder.name not in encoder_names():
+        raise ConfigError(
+            f"encoder.name: got {config.encoder.name!r}, wanted one of "
+            f"{', '.join(encoder_names())}. Correct the name."
+        )
+    check_encoder(config.encoder_spec())
+    taken = sorted(RESERVED_COLUMNS & set(config.images.metadata))
+    if taken:
+        raise ConfigError(
+            f"images.metadata: {taken[0]!r} is a column that Kith writes itself, wanted a name of "
+            "your own. Rename it with the metadata mapping of the source (`features`, `fields` or "
+            "`columns`)."
+        )
+    _check_table(config)
+    try:
+        parse_resource_hints(config.embeddings.resource_hints)
+    except ValueError as error:
+        raise ConfigError(
+            f"embeddings.resource_hints: {error}. Name hints of Beam, such as accelerator, min_ram and "
+            "cpu_count (docs/gpu.md)."
+        ) from error
+    labels = [source.label for source in config.images.sources]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(
+                f"images.sources: {labels.count(label)} sources are named {label!r}, wanted "
+                "different names. Set `name` of each source."
+            )
+    if config.images.sources:
+        _check_columns(config)
+    both = set(config.join.rules.same) & set(config.join.rules.different)
+    if both:
+        raise ConfigError(
+            f"join.rules: {sorted(both)[0]!r} is in `same` and in `different`, so no pair could be "
+            "neighbours. Remove it from one of them."
+        )
+    twice = sorted(name for name, number in Counter(config.export.columns).items() if number > 1)
+    if twice:
+        raise ConfigError(
+            f"export.columns: got {twice[0]!r} more than once, wanted each column once. Remove one."
+        )
+    index = config.index
+    if index.nlist is not None and index.nprobe is not None and index.nprobe > index.nlist:
+        raise ConfigError(
+            f"index.nprobe: got {index.nprobe}, wanted at most index.nlist ({index.nlist}). "
+            "Lower it, or set it to auto."
+        )
+
+
+def _check_table(config: Config) -> None:
+    """Refuses a metadata table that is half described or whose columns have names that are taken."""
+    section, spec = config.catalog.metadata, config.table_spec()
+    if spec is None:
+        if section != CatalogMetadata():
+            raise ConfigError(
+                "catalog.metadata.paths: missing, but other keys of the table are set. Name its files, "
+                "or remove the section."
+            )
+        return
+    if not spec.columns:
+        raise ConfigError(
+            "catalog.metadata.columns: missing. Say what to take from the table, as in "
+            "columns: {stock: int64}, or remove the section."
+        )
+    taken = sorted((RESERVED_COLUMNS | INDEX_COLUMNS) & set(spec.names))
+    if taken:
+        raise ConfigError(
+            f"catalog.metadata.columns.{taken[0]}: {taken[0]!r} is a column that Kith writes itself, "
+            "wanted a name of your own. Rename it in the table."
+        )
+    check_collisions(spec, config.images.metadata)
+
+
+def _check_columns(config: Config) -> None:
+    """Refuses columns that the catalogue will not have; datasets made elsewhere have their own."""
+    known = sorted({*config.images.metadata, *config.catalog.metadata.columns, *INDEX_COLUMNS})
+    evaluate = config.evaluate
+    named: dict[str, Iterable[str | None]] = {
+        "join.rules.same": config.join.rules.same,
+        "join.rules.different": config.join.rules.different,
+        "export.columns": config.export.columns,
+        "evaluate.truth": [evaluate.truth],
+        "evaluate.group_by": [evaluate.group_by],
+    }
+    for key, names in named.items():
+        for name in names:
+            if name is not None and name not in known:
+                raise ConfigError(
+                    f"{key}: got {name!r}, wanted one of the columns {', '.join(known)}. "
+                    "Add it to images.metadata or catalog.metadata.columns, or correct the name."
+                )

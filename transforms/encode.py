@@ -1,0 +1,87 @@
+"""Encoding batches ahead of the consumer, and finding the image that makes a batch fail."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index_builder.errors import ImageError, KithError
+from index_builder.vectors import unit_float16
+from transforms.encoders.encoder import Encoder
+from transforms.encoders.engines.engine import EncodingError
+
+Encoded = NDArray[np.float16] | ImageError
+
+
+class EncodeAhead:
+    """Encodes batches on threads of their own, so that the next one is made up meanwhile.
+
+    As many batches run at once as the encoder has streams, and one more waits. Results come in the
+    order of submission, and when they come depends on nothing but the number of batches.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.calls = 0
+        self._encoder = encoder
+        self._pool = ThreadPoolExecutor(encoder.streams, thread_name_prefix="encode")
+        self._waiting: deque[Future[list[Encoded]]] = deque()
+
+    def submit(self, pixels: Sequence[NDArray[np.uint8]]) -> Iterator[list[Encoded]]:
+        """Takes a batch; yields the results of the oldest one once enough are in flight."""
+        self.calls += 1
+        self._waiting.append(self._pool.submit(encode_batch, self._encoder, np.stack(pixels)))
+        if len(self._waiting) > self._encoder.streams + 1:
+            yield self._waiting.popleft().result()
+
+    def finish(self) -> Iterator[list[Encoded]]:
+        """Yields the results of all batches that are in flight."""
+        while self._waiting:
+            yield self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """Ends the threads; batches that have not begun are dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def encode_batch(encoder: Encoder, pixels: NDArray[np.uint8]) -> list[Encoded]:
+    """Encodes uint8 [b, h, w, 3] to a float16 [dim] of unit length each, or what is wrong with it.
+
+    A batch that the engine refuses is halved until the images at fault are alone.
+
+    Raises:
+        KithError: the engine refuses whatever it is given.
+    """
+    try:
+        raw = encoder.encode(pixels)
+    except EncodingError as error:
+        if len(pixels) > 1:
+            middle = len(pixels) // 2
+            return encode_batch(encoder, pixels[:middle]) + encode_batch(encoder, pixels[middle:])
+        _require_working(encoder, error)
+        return [ImageError("encoding_failed", f"The encoder refuses the image: {error}")]
+    vectors, valid = unit_float16(raw)
+    return [
+        vector if ok else _vector_problem(numbers)
+        for vector, ok, numbers in zip(vectors, valid, raw, strict=True)
+    ]
+
+
+def _require_working(encoder: Encoder, error: EncodingError) -> None:
+    """Raises KithError where the engine refuses a grey image too: then no image is at fault."""
+    try:
+        encoder.encode(np.full((1, *encoder.input_size, 3), 127, np.uint8))
+    except EncodingError:
+        raise KithError(
+            f"The encoder fails whatever image it is given: {error}. Check the device and the model; "
+            "finished parts are kept."
+        ) from error
+
+
+def _vector_problem(vector: NDArray[np.float32]) -> ImageError:
+    if not np.isfinite(vector).all():
+        return ImageError("non_finite", "The encoder returned numbers that are not finite.")
+    return ImageError(
+        "zero_vector", "The encoder returned a zero vector, which has no direction to compare."
+    )
