@@ -148,7 +148,8 @@ def _sum_list_sizes(blocks: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
 def _plan(list_sizes: NDArray[np.int64], spec: BuildSpec) -> Iterator[int]:
     """Writes the layout and yields the numbers of the shards."""
     layout = plan_layout(list_sizes, spec.index.shards)
-    save_layout(storage.join(spec.index_folder, shards.LAYOUT_NAME), layout)
+    if manifests.finished_part(spec.index_folder, shards.SHARED_PART, spec.key) is None:
+        save_layout(storage.join(spec.index_folder, shards.LAYOUT_NAME), layout)
     yield from range(layout.shards)
 
 

@@ -144,10 +144,20 @@ def _fork(
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     os.close(handle)
-    with os.fdopen(read) as pipe:
-        file = pipe.read()
+    file = _read_now(read)
     killed = not hung and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     return {"killed": killed, "seconds": time.monotonic() - start, "file": file, "status": status}
+
+
+def _read_now(pipe: int) -> str:
+    """Returns what was written into a pipe, of which an orphan of the run may still hold the end."""
+    os.set_blocking(pipe, False)
+    try:
+        return os.read(pipe, 1 << 16).decode()
+    except BlockingIOError:
+        return ""
+    finally:
+        os.close(pipe)
 
 
 def _run(log_path: str, arguments: list[str], at_write: int, at_file: str, pipe: int) -> NoReturn:

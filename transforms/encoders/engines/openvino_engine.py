@@ -61,7 +61,7 @@ def load_openvino(
         )
     function = freeze(network, pooling, batch_size)
     try:
-        model = openvino.convert_model(function.graph)
+        model = _convert(function.graph)
         threads = len(os.sched_getaffinity(0))
         streams = cpu_streams()
         compiled = openvino.Core().compile_model(
@@ -73,9 +73,24 @@ def load_openvino(
                 "INFERENCE_NUM_THREADS": threads,
             },
         )
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise UnsupportedModelError(
             f"encoder.engine is openvino, which cannot compile this model: {error}. Set "
             "encoder.engine: tensorflow."
         ) from error
     return OpenVinoEngine(compiled, batch_size, streams)
+
+
+def _convert(graph: Any) -> Any:
+    """Converts a TensorFlow graph to an OpenVINO model.
+
+    What `openvino.convert_model` does of it, without reporting home: that starts a process which
+    looks for a server on the internet, outlives a killed worker, and waits where there is none.
+    """
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.tensorflow.graph_iterator import GraphIteratorTFGraph
+
+    frontend = FrontEndManager().load_by_framework("tf")
+    nodes = GraphIteratorTFGraph(graph, True)  # to be kept until the conversion is over
+    loaded = frontend.load(nodes)
+    return frontend.convert(loaded)
