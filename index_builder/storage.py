@@ -12,7 +12,8 @@ import json
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
@@ -21,6 +22,7 @@ from fsspec.spec import AbstractFileSystem
 from index_builder.errors import KithError
 
 TEMPORARY_PREFIX = ".writing-"
+_TOKEN_THREADS = 16
 
 
 def is_remote(path: str) -> bool:
@@ -237,6 +239,12 @@ def sha256_of(path: str) -> str:
     """Returns the SHA-256 of a file's content in hexadecimal, reading it in pieces."""
     with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_tokens(paths: Sequence[str]) -> list[str]:
+    """Returns the content token of each file, looking at several at once."""
+    with ThreadPoolExecutor(_TOKEN_THREADS) as pool:
+        return list(pool.map(content_token, paths))
 
 
 def content_token(path: str) -> str:

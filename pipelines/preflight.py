@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import tempfile
 
 from index_builder import storage
 from index_builder.errors import ConfigError, KithError
@@ -78,9 +79,9 @@ def check_workspace(workspace: str) -> None:
         return
     try:
         os.makedirs(workspace, exist_ok=True)
-        probe = storage.join(workspace, f".probe-{os.getpid()}")
-        storage.write_bytes(probe, b"")
-        storage.remove(probe)
+        # A file without a name, of which a kill leaves nothing.
+        with tempfile.TemporaryFile(dir=workspace):
+            pass
     except OSError as error:
         raise ConfigError(
             f"workspace: cannot write to {workspace}: {error.strerror}. Choose a folder that this "

@@ -7,18 +7,21 @@ differ. In Kith `DirectRunner` always means `FnApiRunner`, in this process.
 import contextlib
 import dataclasses
 import errno
+import glob
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
 from apache_beam.runners.portability.portable_runner import JobServiceHandle
 from apache_beam.runners.runner import PipelineState
+from apache_beam.transforms.environments import Environment
 
 from index_builder import errors, storage
 from index_builder.errors import ConfigError, KithError
@@ -62,7 +65,14 @@ def make_pipeline(spec: RunnerSpec) -> beam.Pipeline:
             ) from error
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
     provision = ExtendedProvisionInfo(beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded))
-    return beam.Pipeline(runner=FnApiRunner(provision_info=provision), options=options)
+    runner = FnApiRunner(_worker_environment(options), provision_info=provision)
+    return beam.Pipeline(runner=runner, options=options)
+
+
+def _worker_environment(options: PipelineOptions) -> Environment | None:
+    """Returns where `--environment_type` puts the local runner's workers; None: in this process."""
+    portable = options.view_as(PortableOptions)
+    return Environment.from_options(portable) if portable.environment_type else None
 
 
 def run_pipeline(define: Define, spec: RunnerSpec) -> dict[str, int]:
@@ -161,7 +171,19 @@ def workspace_lock(workspace: str) -> Any:
                 f"Another run of Kith holds the workspace {workspace}. Wait for it to end, or set "
                 "another workspace."
             ) from error
+        _sweep(workspace)
         yield
+
+
+def _sweep(workspace: str) -> None:
+    """Removes the unfinished files of killed runs that no dataset's commit comes by.
+
+    They are those of the pointer, of `runs/` and of what else is kept beside the datasets.
+    """
+    escaped = glob.escape(workspace)
+    beside = [glob.glob(os.path.join(escaped, *names)) for names in (["*"], ["runs", "*"])]
+    for folder in (workspace, *itertools.chain(*beside)):
+        storage.sweep_temporary(folder)
 
 
 def split_beam_options(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

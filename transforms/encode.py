@@ -1,5 +1,6 @@
 """Encoding batches ahead of the consumer, and finding the image that makes a batch fail."""
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,14 +27,23 @@ class EncodeAhead:
         self.calls = 0
         self._encoder = encoder
         self._pool = ThreadPoolExecutor(encoder.streams, thread_name_prefix="encode")
+        self._thread = threading.local()
         self._waiting: deque[Future[list[Encoded]]] = deque()
 
     def submit(self, pixels: Sequence[NDArray[np.uint8]]) -> Iterator[list[Encoded]]:
         """Takes a batch; yields the results of the oldest one once enough are in flight."""
         self.calls += 1
-        self._waiting.append(self._pool.submit(encode_batch, self._encoder, np.stack(pixels)))
+        self._waiting.append(self._pool.submit(self._encode, pixels))
         if len(self._waiting) > self._encoder.streams + 1:
             yield self._waiting.popleft().result()
+
+    def _encode(self, pixels: Sequence[NDArray[np.uint8]]) -> list[Encoded]:
+        # Each thread has one block for its batches: pages that were touched before cost half.
+        block = getattr(self._thread, "block", None)
+        if block is None:
+            shape = (self._encoder.batch_size, *self._encoder.input_size, 3)
+            block = self._thread.block = np.empty(shape, np.uint8)
+        return encode_batch(self._encoder, np.stack(pixels, out=block[: len(pixels)]))
 
     def finish(self) -> Iterator[list[Encoded]]:
         """Yields the results of all batches that are in flight."""

@@ -189,10 +189,8 @@ def _die_at(at_write: int, at_file: str, pipe: int) -> None:
 
     def dying_replace(source: str, target: str) -> None:
         nonlocal count
-        name = os.path.basename(target)
-        # The probe of the workspace, before any work, is no progress.
-        count += not name.startswith(".probe-")
-        if at_file == name or (count == abs(at_write) and not name.startswith(".probe-")):
+        count += 1
+        if at_file == os.path.basename(target) or count == abs(at_write):
             os.write(pipe, str(target).encode())
             if at_write < 0:
                 replace(source, target)

@@ -99,10 +99,10 @@ class Work:
     def check(self, workspace: Path) -> None:
         """Fails unless the workspace is as if nothing had happened."""
         assert dataset_bytes(workspace) == self.undisturbed
-        # Neither markers nor unfinished files are left in a dataset that is committed.
+        # Neither markers nor unfinished files are left, wherever a run was killed.
         assert [str(path) for path in workspace.rglob("_work")] == []
-        datasets = [path.parent for path in workspace.rglob("_manifest.json")]
-        assert [str(path) for folder in datasets for path in folder.glob(".writing-*")] == []
+        hidden = {str(path.relative_to(workspace)) for path in workspace.rglob(".*")}
+        assert hidden == {".lock"}
 
     def kill_at_random(self, folder: Path, wanted: int, seed: int) -> Kills:
         """Kills runs at random moments of their time until so many were killed, and checks each end.

@@ -21,7 +21,7 @@ class FilesSource(ImageSource):
     def list_shards(self, number: int, scratch: str) -> list[ImageShard]:
         """Lists the files once, keeps the listing under its own hash, and cuts it into shards."""
         names = [self.relative(path) for path in self.find_files()]
-        tokens = [storage.content_token(storage.join(self.base, name)) for name in names]
+        tokens = storage.content_tokens([storage.join(self.base, name) for name in names])
         content = _encode(names)
         digest = hashlib.sha256(content).hexdigest()[:16]
         listing = storage.join(scratch, f"{self.label}-{digest}.json")

@@ -54,9 +54,10 @@ class WebDatasetSource(ImageSource):
 
     def list_shards(self, number: int, scratch: str) -> list[ImageShard]:
         """Lists one shard a file."""
+        paths = self.find_files()
         return [
-            ImageShard(number, f"{self.label}/{self.relative(path)}", storage.content_token(path), path)
-            for path in self.find_files()
+            ImageShard(number, f"{self.label}/{self.relative(path)}", token, path)
+            for path, token in zip(paths, storage.content_tokens(paths), strict=True)
         ]
 
     def read(
