@@ -41,8 +41,9 @@ PRECISIONS = ("float32", "bfloat16")
 NETWORKS = ("vgg16", "resnet50", "inception_v3")
 TEXTBOOK_NETWORKS = (LITE0, "vgg16")
 TEXTBOOK_IMAGES = 100
-# One shard of the networks that take seconds for what Lite0 does at once.
-NETWORK_SHARDS = 1
+SHARD_IMAGES = DEFAULT_COUNT // DEFAULT_SHARDS
+# For the networks that take seconds for what Lite0 does at once.
+NETWORK_IMAGES = 256
 MEMORY_COUNT = 20_000
 TIMEOUT_SEC = 3600
 
@@ -114,7 +115,8 @@ class Bench:
             self._kith(shards)
             self._textbook(shards)
             self._peers(shards)
-        with chosen_shards(catalogue, NETWORK_SHARDS) as shards:
+        if options.networks:
+            shards = self.catalogue(NETWORK_IMAGES)
             for network in options.networks:
                 self._network(shards, network)
         if options.memory:
@@ -123,6 +125,7 @@ class Bench:
     def catalogue(self, count: int) -> str:
         """Makes the catalogue where it is not yet, in a process that does not fatten this one."""
         command = [sys.executable, "-m", "benchmarks.photographs", "--count", str(count)]
+        command += ["--shards", str(max(1, count // SHARD_IMAGES))]
         command += ["--folder", str(self._options.folder)]
         self._console.print(f"{count:,} photographs, from the cache or made now")
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -300,8 +303,8 @@ class Bench:
                 peaks = []
                 for count in (DEFAULT_COUNT, MEMORY_COUNT):
                     name = f"{engine}, {precision}"
-                    with chosen_shards(self.catalogue(count), DEFAULT_SHARDS) as shards:
-                        command = self._command(name, shards, engine, precision)
+                    shards = self.catalogue(count)
+                    command = self._command(name, shards, engine, precision)
                     if command is None:
                         break
                     peaks.append(command.peak_bytes)
