@@ -253,7 +253,7 @@ def test_lists_of_options() -> None:
     ("arguments", "message"),
     [
         (["--peers", "torch,onnx"], "got 'onnx', wanted some of torch,beam,fastdup, or none"),
-        (["--shards", "9"], "--shards 1 to 8"),
+        (["--shards", "9"], "--shards 1 to 4"),
         (["--rounds", "0"], "--rounds must be at least 1"),
     ],
 )
