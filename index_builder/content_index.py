@@ -78,6 +78,7 @@ def _write_sorted(names: Sequence[str], rows: int, path: str) -> None:
 
 def _columns(path: str, mode: str) -> tuple[np.memmap, np.memmap, np.memmap]:  # type: ignore[type-arg]
     """The file's columns: digests' first and second 8 bytes, and (part, row), each contiguous."""
+    # numpy's stubs know neither a memmap without type arguments nor a type given as text.
     rows = os.path.getsize(path) // _ENTRY.itemsize
     return (
         np.memmap(path, "<u8", mode, 0, (rows,)),  # type: ignore[call-overload]

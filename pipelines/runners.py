@@ -85,7 +85,7 @@ def run_pipeline(define: Define, spec: RunnerSpec) -> dict[str, int]:
     try:
         result = pipeline.run()
         state = result.wait_until_finish()
-    except Exception as error:
+    except Exception as error:  # Every runner raises kinds of its own; _failure tells them apart.
         raise _failure(error) from error
     if state not in (None, PipelineState.DONE):
         raise KithError(

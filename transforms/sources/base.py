@@ -117,6 +117,14 @@ class ImageSource(BaseModel, abc.ABC):
             found.update(matches)
         return sorted(found)
 
+    def one_shard_a_file(self, number: int) -> list[ImageShard]:
+        """Lists every file as one shard, for formats whose files are containers."""
+        paths = self.find_files()
+        return [
+            ImageShard(number, f"{self.label}/{self.relative(path)}", token, path)
+            for path, token in zip(paths, storage.content_tokens(paths), strict=True)
+        ]
+
     def _explain_nothing(self, path: str) -> None:
         folder = fixed_folder(path)
         if not _GLOB_CHARACTERS & set(path) or not (storage.is_remote(folder) or os.path.isdir(folder)):

@@ -54,11 +54,7 @@ class WebDatasetSource(ImageSource):
 
     def list_shards(self, number: int, scratch: str) -> list[ImageShard]:
         """Lists one shard a file."""
-        paths = self.find_files()
-        return [
-            ImageShard(number, f"{self.label}/{self.relative(path)}", token, path)
-            for path, token in zip(paths, storage.content_tokens(paths), strict=True)
-        ]
+        return self.one_shard_a_file(number)
 
     def read(
         self, shard: ImageShard, metadata: Mapping[str, str]
