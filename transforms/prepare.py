@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -25,6 +27,9 @@ from transforms.in_flight import InFlightMarks
 from transforms.preprocessing import Preprocessing
 from transforms.sources.base import ImageRecord, UnreadableRegion
 
+# The lowest priority there is, for decoding: a core that changes between a decoder and the encoder
+# within a batch loses its caches (measured: 0.90 of the two in series without, 0.95 with it).
+DECODE_NICENESS = 19
 # How long a closing pool waits for images that are being decoded, before it leaves its threads.
 CLOSE_SEC = 5.0
 
@@ -268,6 +273,12 @@ class _DecodePool:
                 thread.leave()
 
 
+def _let_the_encoder_go_first() -> None:
+    """Lowers the priority of the calling thread; only on Linux do threads have one of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), DECODE_NICENESS)
+
+
 class _DecodeThread(threading.Thread):
     """One thread and its slot of the marks. A daemon, so that it never keeps a process from ending."""
 
@@ -292,6 +303,7 @@ class _DecodeThread(threading.Thread):
 
     def run(self) -> None:
         """Prepares one image after another until told to end, or left behind."""
+        _let_the_encoder_go_first()
         tasks, preparation, known, marks = self._tasks, self._preparation, self._known, self._marks
         lock, slot = self._lock, self.slot
         while (task := tasks.get()) is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -287,6 +288,19 @@ def put_before_decoding(monkeypatch: pytest.MonkeyPatch) -> Put:
         monkeypatch.setattr(prepare, "decode_image", changed)
 
     return put
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own elsewhere")
+def test_decoding_lets_the_encoder_go_first(put_before_decoding: Put) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before, seen = niceness(), set[int]()
+    put_before_decoding(lambda data: seen.add(niceness()))
+    assert len(list(prepare_images([record(n) for n in range(4)], SMALL, 2, 4))) == 4
+    assert seen == {prepare.DECODE_NICENESS}
+    # Only the decode threads: what the caller runs, the encoder among it, keeps its priority.
+    assert niceness() == before < prepare.DECODE_NICENESS
 
 
 def test_an_image_is_marked_while_it_is_decoded(tmp_path: Path, put_before_decoding: Put) -> None:
