@@ -25,7 +25,8 @@ from PIL import Image
 
 ORIGINALS = Path(__file__).parent / "photographs"
 DEFAULT_COUNT = 2_000
-DEFAULT_SHARDS = 4
+# Of about 109 MB each; TensorFlow's guide asks for 100 MB or more a file.
+DEFAULT_SHARDS = 2
 LONG_SIDE, SHORT_SIDE = 800, 600
 QUALITIES = (75, 85, 92)
 SMALLEST_CROP, LARGEST_CROP = 0.55, 0.95
