@@ -3,31 +3,79 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from index_builder.rules import RuleCodes
-from index_builder.topk import Block, IdColumn, TopK
+from index_builder import coarse_graph
+from index_builder.blocks import Block, IdColumn, PreparedCandidates, PreparedQueries
+from index_builder.list_scan import list_scan
+from index_builder.metrics import Metric
+from index_builder.products import Product
+from index_builder.rules import CandidateCodes, QueryCodes
+from index_builder.topk import TopK
+from index_builder.vectors import squared_norms
+
+# Where more than this share of the lists is asked for, they are sorted rather than selected.
+_SORTED_SHARE = 0.25
+_SORTED_NUMBERS = 1 << 22
 
 
 def nearest_lists(
-    vectors: NDArray[np.float16], centroids: NDArray[np.float16], nprobe: int
+    vectors: NDArray[np.float16],
+    centroids: NDArray[np.float16],
+    nprobe: int,
+    metric: Metric = Metric.COSINE,
+    threads: int | None = None,
+    product: Product | None = None,
 ) -> NDArray[np.int32]:
     """Returns the nprobe nearest lists of each vector, nearest first, int32 [n, nprobe].
 
-    Nearest by exact inner product, as FAISS's coarse quantizer ranks them; ties go to the lower
-    list number.
+    Nearest as FAISS's coarse quantizer ranks them, but exactly: by distance under the Euclidean
+    metric, by inner product under the others, rounded once to float32; ties go to the lower list
+    number. `threads` and `product` are as `list_scan` takes them. Above GRAPH_LISTS lists a graph
+    proposes the lists whose scores are compared, so that one may be missed (see coarse_graph).
     """
-    count = len(centroids)
-    top = TopK(len(vectors), nprobe, id_bytes=4)
-    top.offer(
-        np.arange(len(vectors)),
-        plain_block(vectors),
-        plain_block(centroids),
-        IdColumn.numbers(count),
-        first_row=0,
-    )
+    if len(centroids) > coarse_graph.GRAPH_LISTS:
+        return coarse_graph.nearest_by_graph(
+            vectors,
+            centroids,
+            nprobe,
+            lambda rows: _all_compared(rows, centroids, nprobe, metric, threads, product),
+            euclidean=metric is Metric.EUCLIDEAN,
+        )
+    return _all_compared(vectors, centroids, nprobe, metric, threads, product)
+
+
+def _all_compared(
+    vectors: NDArray[np.float16],
+    centroids: NDArray[np.float16],
+    nprobe: int,
+    metric: Metric,
+    threads: int | None,
+    product: Product | None,
+) -> NDArray[np.int32]:
+    ranked_by = Metric.EUCLIDEAN if metric is Metric.EUCLIDEAN else Metric.INNER_PRODUCT
+    if nprobe > max(16, _SORTED_SHARE * len(centroids)):
+        return _sorted_lists(vectors, centroids, nprobe, ranked_by)
+    queries = PreparedQueries.of(Block(vectors, squared_norms(vectors), QueryCodes.none(len(vectors))))
+    block = Block(centroids, squared_norms(centroids), CandidateCodes.none(len(centroids)))
+    candidates = PreparedCandidates.of(block, IdColumn.numbers(len(centroids)), first_row=0)
+    top = TopK(len(vectors), nprobe, id_bytes=4, metric=ranked_by)
+    probes = np.zeros((len(vectors), 1), dtype=np.int32)
+    with list_scan(top, queries, probes, threads, product) as scan:
+        scan.run(range(1), lambda _: candidates)
     return top.rows.astype(np.int32)
 
 
-def plain_block(vectors: NDArray[np.float16]) -> Block:
-    """Wraps vectors so that their score is the inner product, without rules."""
-    ones = np.ones(len(vectors))
-    return Block(vectors.astype(np.float32), ones, RuleCodes.none(len(vectors)))
+def _sorted_lists(
+    vectors: NDArray[np.float16], centroids: NDArray[np.float16], nprobe: int, metric: Metric
+) -> NDArray[np.int32]:
+    """The same from all scores: sums of products of float16 numbers are exact in float64."""
+    wide, norms = centroids.astype(np.float64), squared_norms(centroids)
+    found = np.empty((len(vectors), nprobe), dtype=np.int32)
+    step = max(1, _SORTED_NUMBERS // len(centroids))
+    for start in range(0, len(vectors), step):
+        block = vectors[start : start + step]
+        scores = block.astype(np.float64) @ wide.T
+        if metric is Metric.EUCLIDEAN:
+            scores = 2 * scores - squared_norms(block)[:, None] - norms
+        order = np.argsort(-scores.astype(np.float32), axis=1, kind="stable")
+        found[start : start + step] = order[:, :nprobe]
+    return found

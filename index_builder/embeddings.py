@@ -1,7 +1,8 @@
 """The embeddings dataset: its Arrow schema, and blocks of vectors to and from it.
 
-The vector is the encoder's own output, L2-normalised and rounded to float16. PCA and whitening belong
-to the index, so a catalogue can be indexed another way without being encoded again.
+The vector is the encoder's own output: L2-normalised and rounded to float16, or, where lengths count,
+its float32 numbers as they are. PCA and whitening belong to the index, so a catalogue can be indexed
+another way without being encoded again.
 """
 
 import dataclasses
@@ -50,31 +51,50 @@ RESERVED_COLUMNS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingSchema:
-    """The columns of an embeddings dataset: dim of the vector, metadata as (name, type) pairs."""
+    """The columns of an embeddings dataset: dim of the vector, metadata as (name, type) pairs.
+
+    Vectors are float16 of unit length where `normalize` is true, else the encoder's own float32.
+    """
 
     dim: int
     metadata: tuple[tuple[str, str], ...] = ()
+    normalize: bool = True
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        """The type of the vector's numbers."""
+        return vector_dtype(self.normalize)
 
     def arrow(self) -> pa.Schema:
         """Returns the Arrow schema of a part."""
-        vector = pa.field("vector", pa.list_(pa.float16(), self.dim), nullable=False)
+        numbers = pa.from_numpy_dtype(self.dtype)
+        vector = pa.field("vector", pa.list_(numbers, self.dim), nullable=False)
         extra = [pa.field(name, METADATA_TYPES[kind]) for name, kind in self.metadata]
         return pa.schema([*IDENTITY_FIELDS, vector, *ORIGIN_FIELDS, *extra])
 
-    def table(self, vectors: NDArray[np.float16], columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+    def table(
+        self, vectors: NDArray[np.floating[Any]], columns: Mapping[str, Sequence[Any]]
+    ) -> pa.Table:
         """Builds a block of the dataset.
 
-        `vectors` is float16 [n, dim]; `columns` holds n values for every other column. Raises
-        ValueError when the vectors have another dim.
+        `vectors` is [n, dim]; `columns` holds n values for every other column. Raises ValueError when
+        the vectors have another dim or type.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise ValueError(f"vectors have shape {vectors.shape}, wanted [n, {self.dim}]")
+        if vectors.dtype != self.dtype:
+            raise ValueError(f"vectors are {vectors.dtype}, wanted {np.dtype(self.dtype)}")
         schema = self.arrow()
         arrays = [
             list_array(vectors) if field.name == "vector" else pa.array(columns[field.name], field.type)
             for field in schema
         ]
         return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def vector_dtype(normalize: bool) -> type[np.floating[Any]]:
+    """Returns the type of a dataset's vectors: float16 where they have unit length, else float32."""
+    return np.float16 if normalize else np.float32
 
 
 def list_array(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
@@ -93,6 +113,12 @@ def list_matrix(column: pa.ChunkedArray) -> NDArray[Any]:
 def describe_schema(schema: pa.Schema) -> list[dict[str, str]]:
     """Returns a schema as a manifest holds it."""
     return [{"name": field.name, "type": str(field.type)} for field in schema]
+
+
+def column_types(schema: Sequence[Mapping[str, str]]) -> dict[str, pa.DataType]:
+    """Returns the columns of a manifest's schema that hold one value a row, with their types."""
+    plain = [field for field in schema if "[" not in field["type"] and "<" not in field["type"]]
+    return {field["name"]: pa.type_for_alias(field["type"]) for field in plain}
 
 
 def parquet_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
@@ -122,24 +148,41 @@ def load_dim(manifest: manifests.Manifest) -> int:
 
 
 def read_part(
-    folder: str, part: manifests.Part, columns: Sequence[str] | None = None
+    folder: str,
+    part: manifests.Part,
+    columns: Sequence[str] | None = None,
+    *,
+    verify: bool = True,
 ) -> Iterator[pa.Table]:
     """Yields a part's row groups in order, after checking the file against its checksum.
 
+    Without `verify`, for a look at a few columns before the work, the checksum is left to the work.
     A part without rows (every image failed) yields one empty block, so that its columns are known.
-    Raises DatasetError where the file is missing, changed, or no Parquet.
+    Raises DatasetError where the file is missing, changed, damaged, or lacks a column.
     """
-    path = manifests.verify_file(folder, part.file(".parquet"))
+    file_of = part.file(".parquet")
+    path = manifests.verify_file(folder, file_of) if verify else storage.join(folder, file_of.path)
     with storage.open_binary(path) as file:
         try:
             parquet = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
             raise DatasetError(f"{path} is not a Parquet file: {error}. Make it again.") from error
+        names = parquet.schema_arrow.names
+        missing = [name for name in columns or () if name not in names]
+        if missing:
+            raise DatasetError(
+                f"{path} has no column {missing[0]}, only {', '.join(names)}. Make the dataset again."
+            )
         if parquet.num_row_groups == 0:
             empty = parquet.schema_arrow.empty_table()
             yield empty if columns is None else empty.select(columns)
         for group in range(parquet.num_row_groups):
-            yield parquet.read_row_group(group, columns=columns)
+            try:
+                table = parquet.read_row_group(group, columns=columns)
+            except (pa.ArrowException, OSError) as error:
+                what = " ".join(str(error).split())
+                raise DatasetError(f"{path} is damaged: {what.rstrip('.')}. Make it again.") from error
+            yield table
 
 
 def read_rows(

@@ -1,139 +1,269 @@
 """Measuring a join: recall against exact neighbours, and hits on known right answers."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index_builder import storage
-from index_builder.join import JoinSpec, Queries, search_shards
+from index_builder import embeddings, storage
+from index_builder.conditions import satisfied
+from index_builder.confidence import lower_bound
+from index_builder.corpus import Corpus
+from index_builder.exact_search import ExactSearch, merge_found, search_part, searchable_rules
+from index_builder.exclusions import read_exclusions
+from index_builder.join import JoinSpec
 from index_builder.manifests import Part
-from index_builder.rules import JoinRules
-from index_builder.sampling import sample_rows
-from index_builder.shards import IndexDataset, open_shard
+from index_builder.query_sample import QuerySample, choose_queries, require_queries
+from index_builder.recall import Certificate, Promise, recalls_of_values
+from index_builder.rules import IMAGE, JoinRules
+from index_builder.shards import IndexDataset, open_shard, read_shard_table
+from index_builder.transform import Transform
 
-CONFIDENCE = 0.95
-
-# Constant bets of the lower bound: the share of the stake that a value of 0 loses, and how the
-# stake is spread over them, half of it on the boldest, which is right where no query fails.
-_BET_SHARES = np.concatenate([np.arange(1, 20) / 20, [0.99]])
-_BET_STAKES = np.concatenate([np.full(19, 0.5 / 19), [0.5]])
-_ORDER_SEED = 0
+# Queries of the sample that are also searched for in the encoder's own space.
+ENCODER_QUERIES = 250
 
 
-@dataclasses.dataclass(frozen=True)
-class Recall:
-    """Recall@k of a join: estimate and one-sided lower bound over `queries` sampled of `rows`."""
+def draw_queries(
+    index: IndexDataset, number: int, spec: JoinSpec, sample: QuerySample, by: str | None = None
+) -> pa.Table:
+    """Returns the rows of an index shard that may be in the sample, as `choose_queries` takes them.
 
-    estimate: float
-    lower_bound: float
-    queries: int
-    rows: int
-    k: int
-    seed: int
+    Columns: image_id, the rule columns of queries, `index_row` int64 and `shard` int32, `code` float16
+    [dim], the sample's `key`, and the column `by` as `value`. Rows that the rules do not let ask for
+    neighbours are no queries.
+    """
+    names = (IMAGE, *spec.rules.query_columns, *([] if by is None else [by]))
+    table = read_shard_table(index, number, names)
+    rows, keys = sample.candidates(table[IMAGE])
+    first_row, _ = index.layout.shard_rows(number)
+    table = table.take(pa.array(rows))
+    values = pa.nulls(len(rows), pa.string()) if by is None else table[by].cast(pa.string())
+    columns = {
+        "index_row": pa.array(first_row + rows),
+        "shard": pa.array(np.full(len(rows), number, dtype=np.int32)),
+        "key": pa.array(keys),
+        "value": values,
+    }
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    asked = np.flatnonzero(satisfied(spec.rules.queries, table))
+    # Only those that can be chosen in the end need their vectors.
+    kept = asked[sample.choose(keys[asked])]
+    with open_shard(index, number, (IMAGE,)) as shard:
+        codes = shard.codes()[rows[kept]]
+    return table.take(pa.array(kept)).append_column("code", embeddings.list_array(codes))
+
+
+def search_exactly(index: IndexDataset, number: int, queries: pa.Table, spec: JoinSpec) -> pa.Table:
+    """Finds the k best neighbours of the sample among all rows of one index shard.
+
+    Columns: `query` int32 (its place in the sample), `score` float32, `index_row` int64, image_id and
+    the rule columns of candidates.
+    """
+    columns = (IMAGE, *spec.rules.candidate_columns)
+    search = ExactSearch(
+        embeddings.list_matrix(queries["code"]),
+        queries,
+        spec.k,
+        spec.rules,
+        index.trained.metric,
+        index.trained.transform.unscale,
+        _excluded(queries, spec),
+    )
+    with open_shard(index, number, columns) as shard:
+        numbers = np.arange(shard.first_row, shard.first_row + len(shard.table), dtype=np.int64)
+        table = shard.table.append_column("index_row", pa.array(numbers))
+        return search.search([(table, shard.codes())])
+
+
+def _excluded(queries: pa.Table, spec: JoinSpec) -> pa.Table | None:
+    if spec.exclusions is None:
+        return None
+    shards = np.unique(queries["shard"].to_numpy())
+    return pa.concat_tables([read_exclusions(spec.exclusions, int(number)) for number in shards])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """The recall of each query of a sample, float64 [n], with the query's id and value.
+
+    `found` are the ids that the join has for the first ENCODER_QUERIES of them.
+    """
+
+    image_ids: list[str]
+    recalls: NDArray[np.float64]
+    values: list[str | None]
+    found: list[list[str]]
+
+
+def compare_with_join(
+    queries: pa.Table, exact: pa.Table, neighbors_folder: str, parts: Sequence[Part]
+) -> Measured:
+    """Compares a join's neighbours with the exact ones of a sample of its queries.
+
+    `exact` is what `search_exactly` found in all shards, merged. A neighbour is right when it is among
+    the exact ones, or ties with the last of them. A query without any exact neighbour has recall 1, one
+    that the join has no row for has 0. Raises DatasetError for an empty sample.
+    """
+    require_queries(len(queries))
+    joined = _read_joined(queries, neighbors_folder, parts)
+    owners = exact["query"].to_numpy()
+    bounds = np.searchsorted(owners, np.arange(len(queries) + 1))
+    rows, scores = exact["index_row"].to_numpy(), exact["score"].to_numpy()
+    recalls = np.ones(len(queries))
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start < stop:
+            found_rows, found_scores, _ = joined[i]
+            right = np.isin(found_rows, rows[start:stop]) | (found_scores == scores[stop - 1])
+            distinct = len(np.unique(found_rows[right]))
+            recalls[i] = min(distinct, stop - start) / (stop - start)
+    return Measured(
+        queries[IMAGE].to_pylist(),
+        recalls,
+        queries["value"].to_pylist(),
+        [found for _, _, found in joined[:ENCODER_QUERIES]],
+    )
+
+
+_Joined = tuple[NDArray[np.int64], NDArray[np.float32], list[str]]
+
+
+def _read_joined(queries: pa.Table, folder: str, parts: Sequence[Part]) -> list[_Joined]:
+    """Returns rows, scores and ids of the neighbours of the sampled queries; none where it has none.
+
+    The part of an index shard has the shard's number.
+    """
+    none = (np.empty(0, np.int64), np.empty(0, np.float32), list[str]())
+    joined: list[_Joined] = [none] * len(queries)
+    shards, wanted = queries["shard"].to_numpy(), queries["index_row"]
+    columns = ["query_row", "neighbor_rows", "scores", "neighbor_ids"]
+    for number in np.unique(shards):
+        places = np.flatnonzero(shards == number)
+        with storage.open_binary(storage.join(folder, parts[number].file(".parquet").path)) as file:
+            table = pq.read_table(file, columns=columns)
+        at = pc.index_in(wanted.take(pa.array(places)), value_set=table["query_row"].combine_chunks())
+        at = pc.fill_null(at, -1).to_numpy()
+        for place, row in zip(places[at >= 0], at[at >= 0], strict=True):
+            found = table.slice(row, 1).to_pylist()[0]
+            joined[place] = (
+                np.asarray(found["neighbor_rows"], dtype=np.int64),
+                np.asarray(found["scores"], dtype=np.float32),
+                found["neighbor_ids"],
+            )
+    return joined
+
+
+def certify(
+    measured: Measured,
+    index: IndexDataset,
+    k: int,
+    promise: Promise,
+    attempt: int,
+    by: str | None = None,
+    rows_of: Mapping[str | None, int] | None = None,
+    encoder: tuple[float | None, int] = (None, 0),
+) -> Certificate:
+    """Returns the certificate of a join of which a sample was measured.
+
+    `rows_of` are the numbers of queries with each value of the column `by`; `encoder` is what
+    `encoder_recall` returned, with the number of its queries.
+    """
+    rows, alpha = index.layout.rows, promise.alpha(attempt)
+    if certificate_sample(index, promise, attempt).is_census:
+        # Rows that the rules do not let ask for neighbours are no part of what is measured whole.
+        rows = len(measured.recalls)
+        rows_of = None if rows_of is None else Counter(measured.values)
+    return Certificate(
+        promise.target,
+        float(measured.recalls.mean()),
+        lower_bound(measured.recalls, rows, alpha),
+        1 - alpha,
+        len(measured.recalls),
+        rows,
+        k,
+        index.nprobe,
+        index.trained.nlist,
+        promise.seed,
+        attempt,
+        by,
+        () if rows_of is None else recalls_of_values(measured.recalls, measured.values, rows_of, alpha),
+        *encoder,
+    )
 
 
 def measure_recall(
     index: IndexDataset,
     neighbors_folder: str,
-    neighbors_parts: Sequence[Part],
+    parts: Sequence[Part],
     spec: JoinSpec,
-    sample: int,
-    seed: int,
-) -> Recall:
-    """Compares a join's neighbours with exact ones for a seeded random sample of its queries.
+    promise: Promise,
+    attempt: int = 1,
+) -> Certificate:
+    """Certifies a join in one process, shard by shard; a Beam pipeline takes the same steps."""
+    sample = certificate_sample(index, promise, attempt)
+    numbers = range(index.layout.shards)
+    queries = choose_queries((draw_queries(index, n, spec, sample) for n in numbers), sample)
+    exact = merge_found((search_exactly(index, n, queries, spec) for n in numbers), spec.k, spec.rules)
+    measured = compare_with_join(queries, exact, neighbors_folder, parts)
+    return certify(measured, index, spec.k, promise, attempt)
 
-    The exact neighbours are those of the whole index, under the same rules. Neighbours that tie
-    with the k-th exact score count as right. A query without any eligible neighbour has recall 1.
+
+def certificate_sample(index: IndexDataset, promise: Promise, attempt: int) -> QuerySample:
+    """Returns the sample of queries that an attempt is certified on."""
+    return promise.queries(index.layout.rows, int(index.manifest.properties["seed"]), attempt)
+
+
+def read_encoder_queries(corpus: Corpus, number: int, queries: pa.Table, spec: JoinSpec) -> pa.Table:
+    """Returns those of the first ENCODER_QUERIES of a sample that are in a part of the embeddings.
+
+    With their vectors as the encoder made them, the rule columns and `place` in the sample.
     """
-    rows = sample_rows(index.layout.rows, sample, seed)
-    queries, scores = _read_queries(index, neighbors_folder, neighbors_parts, spec.rules, rows)
-    exact = search_shards(index, queries, spec)
-    recalls = np.ones(len(rows))
-    for i, (count, found) in enumerate(zip(exact.counts, scores, strict=True)):
-        if count:
-            right = int((found >= exact.scores[i, count - 1]).sum())
-            recalls[i] = min(right, int(count)) / int(count)
-    bound = lower_bound(recalls, index.layout.rows)
-    return Recall(float(recalls.mean()), bound, len(rows), index.layout.rows, spec.k, seed)
+    wanted = queries[IMAGE].slice(0, ENCODER_QUERIES).combine_chunks()
+    places = pc.fill_null(pc.index_in(corpus.read_ids(number), value_set=wanted), -1).to_numpy()
+    rows = np.flatnonzero(places >= 0)
+    table = corpus.read_rows(number, rows, searchable(corpus, spec.rules).query_columns)
+    return table.append_column("place", pa.array(places[rows]))
 
 
-def _read_queries(
-    index: IndexDataset,
-    neighbors_folder: str,
-    neighbors_parts: Sequence[Part],
-    rules: JoinRules,
-    rows: NDArray[np.int64],
-) -> tuple[Queries, list[NDArray[np.float32]]]:
-    """Reads the sampled queries, probing every list, and the scores the join found for them.
+def in_sample_order(tables: Iterable[pa.Table]) -> pa.Table:
+    """Returns such queries of several parts in the order of the sample."""
+    return pa.concat_tables(tables).sort_by("place")
 
-    A neighbours part has the rows of the index shard with its number, in the same order.
+
+def searchable(corpus: Corpus, rules: JoinRules) -> JoinRules:
+    """Returns what of a join's rules can be applied to the embeddings themselves."""
+    return searchable_rules(rules, corpus.columns)
+
+
+def search_encoder_space(
+    corpus: Corpus, number: int, queries: pa.Table, spec: JoinSpec, transform: Transform
+) -> pa.Table:
+    """Finds the neighbours of such queries in one part of the embeddings, before any transform."""
+    plain = Transform(metric=transform.metric, input_exponent=transform.input_exponent)
+    return search_part(corpus, number, queries, spec.k, searchable(corpus, spec.rules), plain)
+
+
+def encoder_recall(queries: pa.Table, exact: pa.Table, measured: Measured) -> float | None:
+    """Returns the mean share of the exact neighbours in the encoder's space that the join has.
+
+    Neighbours are compared by id. None where there is no query with neighbours.
     """
-    import pyarrow.parquet as pq
-
-    codes, norms, tables, scores = [], [], [], []
-    shards = index.layout.shard_of_rows(rows)
-    for number in np.unique(shards):
-        with open_shard(index, int(number), ("image_id", *rules.columns, "squared_norm")) as shard:
-            local = rows[shards == number] - shard.first_row
-            codes.append(shard.codes()[local])
-            norms.append(shard.squared_norms()[local])
-            tables.append(shard.table.take(local))
-        part = neighbors_parts[int(number)]
-        path = storage.join(neighbors_folder, part.file(".parquet").path)
-        with storage.open_binary(path) as file:
-            found = pq.read_table(file, columns=["scores"])["scores"].take(local)
-        scores += [np.asarray(row.as_py(), dtype=np.float32) for row in found]
-    nlist = index.trained.nlist
-    probes = np.tile(np.arange(nlist, dtype=np.int32), (len(rows), 1))
-    table = pa.concat_tables(tables)
-    vectors, squared = np.concatenate(codes), np.concatenate(norms)
-    return Queries.build(vectors, squared, probes, table, rules), scores
-
-
-def lower_bound(values: NDArray[np.float64], population: int) -> float:
-    """Returns a one-sided 95 % lower confidence bound of a mean of values in [0, 1].
-
-    `values` [n] are a random sample, without replacement, of a population of that many; their order
-    is of no account. Distribution-free: the betting bound of Waudby-Smith and Ramdas, "Estimating
-    means of bounded random variables by betting" (JRSS B 2024), in its form for sampling without
-    replacement, with a mixture of constant bets. Normal approximations promise too much where few
-    queries fail. A sample of the whole population has no sampling error, so its bound is its mean.
-    """
-    n = len(values)
-    mean = float(values.mean())
-    if n >= population:
-        return mean
-    # A sample comes sorted by row, and failures cluster in lists: betting needs a random order.
-    shuffled = np.random.default_rng(_ORDER_SEED).permutation(values)
-    low, high = 0.0, mean
-    for _ in range(40):
-        middle = (low + high) / 2
-        if _refuted(shuffled, population, middle):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _refuted(values: NDArray[np.float64], population: int, mean: float) -> bool:
-    """Tells whether betting against a population mean ever multiplies the stake by 1 / 0.05.
-
-    Before each value, the mean of what has not been drawn yet follows from the hypothesis; a bet of
-    share c multiplies its stake by 1 - c + c value / mean, which is fair if the hypothesis is true.
-    """
-    drawn = np.concatenate([[0.0], np.cumsum(values)[:-1]])
-    waiting = population - np.arange(len(values))
-    means = (population * mean - drawn) / waiting
-    if (means <= 0).any():
-        return True
-    shares = _BET_SHARES[:, None]
-    capital = np.cumsum(np.log(1 - shares + shares * values / means), axis=1)
-    total = np.logaddexp.reduce(capital + np.log(_BET_STAKES)[:, None], axis=0)
-    return bool(total.max() >= -math.log(1 - CONFIDENCE))
+    ids, owners = exact[IMAGE].to_pylist(), exact["query"].to_numpy()
+    bounds = np.searchsorted(owners, np.arange(len(queries) + 1))
+    shares = [
+        len(set(ids[start:stop]) & set(measured.found[place])) / (stop - start)
+        for place, start, stop in zip(
+            queries["place"].to_pylist(), bounds[:-1], bounds[1:], strict=True
+        )
+        if start < stop
+    ]
+    return float(np.mean(shares)) if shares else None
 
 
 @dataclasses.dataclass(frozen=True)

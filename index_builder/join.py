@@ -6,34 +6,53 @@ one matrix product a list. Each thread owns a range of the queries and uses sing
 """
 
 import dataclasses
-import functools
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from index_builder.neighbors import NeighborsSchema, neighbors_table
-from index_builder.rules import JoinRules, RuleEncoder
-from index_builder.shards import IndexDataset, IndexShard, open_shard, read_shard_table
-from index_builder.topk import Block, IdColumn, TopK
+from index_builder.blocks import Block, PreparedCandidates, PreparedQueries
+from index_builder.conditions import satisfied
+from index_builder.exclusions import read_exclusions
+from index_builder.groups import GroupsRef, with_groups
+from index_builder.list_scan import list_scan
+from index_builder.neighbors import EVIDENCE, NeighborsSchema, neighbors_table, slots
+from index_builder.products import Product
+from index_builder.rules import JoinRules, QueryCodes, RuleEncoder
+from index_builder.shards import IndexDataset, IndexShard, open_index, open_shard, read_shard_table
+from index_builder.topk import TopK
+
+# Capped values that a task remembers before it forgets those that no kept row has.
+_MOST_CAP_VALUES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinSpec:
-    """What a join finds: k neighbours under the rules, with metadata columns carried along."""
+    """What a join finds: k neighbours under the rules, with metadata columns carried along.
+
+    Rows left with fewer than k are searched again over `max_probe` lists (None: four times the
+    index's nprobe; 0: never). `evidence` are keys of neighbors.EVIDENCE, `exclusions` is the folder of
+    the prepared pairs where the rules exclude some, `groups` the dataset whose columns rules or
+    `columns` name. `product` proposes candidates (None: the fastest float32 product of the host);
+    like `threads` it does not change the result.
+    """
 
     k: int
     rules: JoinRules = dataclasses.field(default_factory=JoinRules)
     columns: tuple[str, ...] = ()
     threads: int | None = None
+    max_probe: int | None = None
+    evidence: tuple[str, ...] = ()
+    exclusions: str | None = None
+    groups: GroupsRef | None = None
+    product: Product | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k is {self.k}, wanted at least 1")
+        unknown = [name for name in self.evidence if name not in EVIDENCE]
+        if unknown:
+            raise ValueError(f"evidence is {unknown[0]!r}, wanted one of {', '.join(EVIDENCE)}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +62,7 @@ class Queries:
     `probes` int32 [n, nprobe], nearest list first; `table` holds image_id and the rule columns.
     """
 
-    block: Block
+    block: Block[QueryCodes]
     probes: NDArray[np.int32]
     encoder: RuleEncoder
 
@@ -54,11 +73,49 @@ class Queries:
         probes: NDArray[np.int32],
         table: pa.Table,
         rules: JoinRules,
+        exclusions: pa.Table | None = None,
+        *,
+        single_images: bool = False,
     ) -> "Queries":
-        """Prepares queries; `table` has their rule columns, in the order of the vectors."""
-        encoder = RuleEncoder(rules, table)
-        block = Block(vectors.astype(np.float32), norms, encoder.encode(table))
+        """Prepares queries; `table` has their rule columns, in the order of the vectors.
+
+        `exclusions` and `single_images` are as RuleEncoder takes them.
+        """
+        encoder = RuleEncoder(rules, table, exclusions, single_images=single_images)
+        block = Block(vectors, norms, encoder.encode_queries(table))
         return Queries(block, probes, encoder)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredQueries:
+    """The queries of one join task as a shard holds them.
+
+    `codes` float16 [n, dim] (transformed), `squared_norms` float64 [n], `probes` int32 [n, nprobe];
+    `table` has image_id, the rule columns and the carried ones. `first_row` is the number of the
+    first in the dataset they are from, `home` the index shard whose rows they are, or None;
+    `exclusions` are the pairs that they exclude, where the rules have such pairs.
+    """
+
+    codes: NDArray[np.float16]
+    squared_norms: NDArray[np.float64]
+    probes: NDArray[np.int32]
+    table: pa.Table
+    first_row: int
+    home: int | None = None
+    exclusions: pa.Table | None = None
+
+    def asked(self, rules: JoinRules) -> NDArray[np.int64]:
+        """Returns the places of the queries that the rules let ask for neighbours."""
+        return np.flatnonzero(satisfied(rules.queries, self.table))
+
+
+def open_joined(folder: str, spec: JoinSpec) -> IndexDataset:
+    """Opens the index of a join, with the columns of its groups where the spec has some.
+
+    Raises DatasetError for a missing or damaged dataset, FingerprintError for groups of another index.
+    """
+    index = open_index(folder)
+    return index if spec.groups is None else with_groups(index, spec.groups)
 
 
 def join_shard(index: IndexDataset, number: int, spec: JoinSpec) -> pa.Table:
@@ -67,20 +124,68 @@ def join_shard(index: IndexDataset, number: int, spec: JoinSpec) -> pa.Table:
     Returns the rows of one neighbours part, in the order of the shard. Raises DatasetError when the
     shard's files do not match the manifest.
     """
+    stored = read_index_queries(index, number, spec)
+    return join_queries(index, stored, spec)
+
+
+def read_index_queries(index: IndexDataset, number: int, spec: JoinSpec) -> StoredQueries:
+    """Reads the rows of one index shard as queries, after verifying its files."""
+    pairs = None if spec.exclusions is None else read_exclusions(spec.exclusions, number)
     with open_shard(index, number, _columns(spec, "squared_norm", "probes"), verify=True) as shard:
-        queries = Queries.build(
-            shard.codes(), shard.squared_norms(), shard.probes(), shard.table, spec.rules
+        return StoredQueries(
+            shard.codes(),
+            shard.squared_norms(),
+            shard.probes(),
+            shard.table,
+            shard.first_row,
+            number,
+            pairs,
         )
-        table, first_row = shard.table, shard.first_row
-    top = search_shards(index, queries, spec, home=number)
-    schema = NeighborsSchema(tuple((name, table.schema.field(name).type) for name in spec.columns))
-    return neighbors_table(
-        schema,
+
+
+def join_queries(index: IndexDataset, stored: StoredQueries, spec: JoinSpec) -> pa.Table:
+    """Finds the neighbours of stored queries in the whole index: the rows of one neighbours part.
+
+    A query that the rules leave out has no row.
+    """
+    asked = stored.asked(spec.rules)
+    return find_neighbors(index, stored, spec, asked, stored.probes[asked])
+
+
+def find_neighbors(
+    index: IndexDataset,
+    stored: StoredQueries,
+    spec: JoinSpec,
+    places: NDArray[np.int64],
+    probes: NDArray[np.int32],
+) -> pa.Table:
+    """Finds the neighbours of some stored queries in the lists of `probes`, int32 [n, lists].
+
+    `places` are those of the n queries, ascending.
+    """
+    # Most often they are all of them, and then nothing is copied.
+    rows = slice(None) if len(places) == len(stored.table) else places
+    table = stored.table if isinstance(rows, slice) else stored.table.take(pa.array(places))
+    queries = Queries.build(
+        stored.codes[rows],
+        stored.squared_norms[rows],
+        probes,
         table,
-        first_row,
+        spec.rules,
+        stored.exclusions,
+        single_images=index.single_images,
+    )
+    searched = dataclasses.replace(spec, k=slots(spec.k, spec.evidence))
+    top = search_shards(index, queries, searched, home=stored.home)
+    columns = tuple((name, table.schema.field(name).type) for name in spec.columns)
+    return neighbors_table(
+        NeighborsSchema(columns, spec.evidence),
+        table,
+        stored.first_row + places,
         top,
         lambda rows: lookup_rows(index, rows, ("image_id", *spec.columns)),
-        all_lists_probed=queries.probes.shape[1] == index.trained.nlist,
+        k=spec.k,
+        all_lists_probed=probes.shape[1] == index.trained.nlist,
     )
 
 
@@ -96,16 +201,20 @@ def search_shards(
     The home shard comes first, then those that most queries probe, so that thresholds are tight
     early; the order does not change the result.
     """
-    top = TopK(len(queries.block), spec.k, index.id_bytes)
-    threads = spec.threads or len(os.sched_getaffinity(0))
-    bounds = np.linspace(0, len(queries.block), threads + 1).astype(int)
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+    transform = index.trained.transform
+    top = TopK(
+        len(queries.block), spec.k, index.id_bytes, transform.metric, transform.unscale, spec.rules.caps
+    )
+    prepared = PreparedQueries.of(queries.block)
+    with list_scan(top, prepared, queries.probes, spec.threads, spec.product) as scan:
         for number in probed_shards(index, queries.probes, home):
-            columns = ("image_id", *spec.rules.columns, "squared_norm")
+            columns = ("image_id", *spec.rules.candidate_columns, "squared_norm")
             with open_shard(index, number, columns) as shard:
-                corpus = _Corpus.of(shard, queries.encoder)
-                search = functools.partial(_search_range, top, queries, corpus)
-                list(pool.map(search, bounds[:-1], bounds[1:]))
+                corpus = _Corpus(shard, queries.encoder)
+                scan.run(shard.lists, corpus.candidates)
+            # What is remembered of the corpus is what its kept rows have, so memory stays flat.
+            if queries.encoder.cap_values > _MOST_CAP_VALUES + 2 * top.cap_codes.size:
+                queries.encoder.forget_caps(top.cap_codes)
     return top
 
 
@@ -121,69 +230,45 @@ def probed_shards(index: IndexDataset, probes: NDArray[np.int32], home: int | No
     return sorted(probed, key=lambda shard: (shard != home, -weights[shard], shard))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Corpus:
-    """A corpus shard made ready for scoring, list by list."""
+    """A corpus shard made ready for scoring, list by list, as its lists are asked for.
 
-    shard: IndexShard
-    ids: IdColumn
-    block: Block
+    Codes stay where they are mapped; norms, ids and rule codes are held for the whole shard.
+    """
 
-    @staticmethod
-    def of(shard: IndexShard, encoder: RuleEncoder) -> "_Corpus":
-        # Codes are widened list by list; only norms and rule codes are held for the whole shard.
-        empty = np.empty((len(shard.table), 0), dtype=np.float32)
-        block = Block(empty, shard.squared_norms(), encoder.encode(shard.table))
-        return _Corpus(shard, shard.ids(), block)
+    def __init__(self, shard: IndexShard, encoder: RuleEncoder) -> None:
+        self._shard = shard
+        self._ids = shard.ids()
+        self._norms = shard.squared_norms()
+        self._codes = encoder.encode_candidates(shard.table)
+        self._prepared: dict[int, PreparedCandidates] = {}
 
-    def list_block(self, list_number: int) -> tuple[int, Block]:
-        """Returns where a list begins in the shard, and its rows."""
-        start, stop = self.shard.layout.list_rows(self.shard.number, list_number)
-        rows = self.block.slice(start, stop)
-        vectors = self.shard.list_codes(list_number).astype(np.float32)
-        return start, Block(vectors, rows.squared_norms, rows.codes)
-
-
-def _search_range(top: TopK, queries: Queries, corpus: _Corpus, start: int, stop: int) -> None:
-    """Scores the queries start to stop against the lists they probe in one shard."""
-    nearest, further = queries.probes[start:stop, :1], queries.probes[start:stop, 1:]
-    for probes in (nearest, further):
-        for list_number, rows in _queries_by_list(probes, corpus.shard.lists):
-            offset, block = corpus.list_block(list_number)
-            if not len(block):
-                continue
-            slots = rows + start
-            tile = Block(
-                queries.block.vectors[slots],
-                queries.block.squared_norms[slots],
-                queries.block.codes.take(slots),
+    def candidates(self, list_number: int) -> PreparedCandidates:
+        """Returns the rows of a list; two threads that prepare it at once make the same."""
+        found = self._prepared.get(list_number)
+        if found is None:
+            start, stop = self._shard.layout.list_rows(self._shard.number, list_number)
+            block = Block(
+                self._shard.list_codes(list_number),
+                self._norms[start:stop],
+                self._codes.slice(start, stop),
             )
-            ids = corpus.ids.slice(offset, offset + len(block))
-            top.offer(slots, tile, block, ids, corpus.shard.first_row + offset)
-
-
-def _queries_by_list(
-    probes: NDArray[np.int32], lists: range
-) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yields each list of a range with the rows of `probes` that name it, ascending."""
-    flat = probes.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    bounds = np.searchsorted(flat[order], np.arange(lists.start, lists.stop + 1))
-    for list_number, first, last in zip(lists, bounds[:-1], bounds[1:], strict=True):
-        if last > first:
-            yield list_number, order[first:last] // probes.shape[1]
+            ids = self._ids.slice(start, stop)
+            found = PreparedCandidates.of(block, ids, self._shard.first_row + start)
+            self._prepared[list_number] = found
+        return found
 
 
 def lookup_rows(index: IndexDataset, rows: NDArray[np.int64], columns: tuple[str, ...]) -> pa.Table:
     """Returns columns of some rows of the index, in the order of `rows`, one shard at a time."""
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
-    shards = index.layout.shard_of_rows(ascending)
+    bounds = np.searchsorted(ascending, index.layout.shard_offsets)
     tables = []
-    for number in np.unique(shards):
-        first_row, _ = index.layout.shard_rows(int(number))
+    for number in np.flatnonzero(np.diff(bounds)):
+        wanted = ascending[bounds[number] : bounds[number + 1]]
         table = read_shard_table(index, int(number), columns)
-        tables.append(table.take(ascending[shards == number] - first_row))
+        tables.append(table.take(wanted - index.layout.shard_offsets[number]))
     if not tables:
         tables.append(read_shard_table(index, 0, columns).slice(0, 0))
     inverse = np.empty(len(rows), dtype=np.int64)

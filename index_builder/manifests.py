@@ -16,6 +16,8 @@ from index_builder.fingerprints import fingerprint
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "_manifest.json"
 WORK_FOLDER = "_work"
+# Files that a message names; all are counted.
+_MOST_LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +190,25 @@ def load_if_usable(folder: str, kind: str, fingerprint_wanted: str) -> Manifest 
 def is_intact(folder: str, part: Part) -> bool:
     """Tells whether all files of a part are there with the right size (checksums are not read)."""
     return all(storage.size(storage.join(folder, f.path)) == f.bytes for f in part.files)
+
+
+def require_files(folder: str, manifest: Manifest) -> None:
+    """Raises DatasetError when a file of a dataset is missing or has another size than it should.
+
+    A look at every file before work starts; checksums are left to the tasks that read the files.
+    """
+    bad = []
+    for part in manifest.parts:
+        for file in part.files:
+            found = storage.size(storage.join(folder, file.path))
+            if found != file.bytes:
+                what = "is missing" if found < 0 else f"has {found} bytes, wanted {file.bytes}"
+                bad.append(f"{file.path} {what}")
+    if bad:
+        raise DatasetError(
+            f"{folder} is damaged: {len(bad)} of its files are not what {MANIFEST_NAME} says: "
+            f"{'; '.join(bad[:_MOST_LISTED])}. Delete the folder and run the stage that makes it again."
+        )
 
 
 def describe_file(folder: str, path: str) -> PartFile:

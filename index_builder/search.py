@@ -1,10 +1,13 @@
 """Searching an index for a few new vectors, with the scores and the order of the join."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from index_builder.assignment import nearest_lists
+from index_builder.errors import ConfigError
 from index_builder.join import JoinSpec, Queries, lookup_rows, search_shards
 from index_builder.rules import OWN_ITEM, JoinRules
 from index_builder.shards import IndexDataset
@@ -13,18 +16,28 @@ from index_builder.vectors import squared_norms
 
 
 def search_vectors(
-    index: IndexDataset, vectors: NDArray[np.float16], k: int, nprobe: int | None = None
+    index: IndexDataset, vectors: NDArray[np.floating[Any]], k: int, nprobe: int | None = None
 ) -> TopK:
-    """Finds the k nearest rows of the index for new vectors, float16 [n, encoder_dim], unit length.
+    """Finds the k nearest items of an index for vectors [n, encoder_dim], as its encoder makes them.
 
-    The vectors go through the index's stored transform first. `nprobe` defaults to the index's own.
-    The result's `rows` are rows of the index.
+    They go through the index's stored transform first. Of an item with several images the best is
+    found. `nprobe` defaults to the index's own. The result's `rows` are rows of the index. Raises
+    ConfigError for more lists than the index has, DatasetError for vectors that it cannot take.
     """
-    codes = index.trained.transform.apply(vectors)
-    probes = nearest_lists(codes, index.trained.centroids, nprobe or index.nprobe)
+    trained = index.trained
+    lists = index.nprobe if nprobe is None else nprobe
+    if not 1 <= lists <= trained.nlist:
+        raise ConfigError(
+            f"nprobe is {lists}, but the index {index.folder} has {trained.nlist} lists. Search 1 to "
+            f"{trained.nlist} of them."
+        )
+    codes = trained.transform.apply(vectors)
+    probes = nearest_lists(codes, trained.centroids, lists, trained.metric)
     # A new image is no item of the catalogue: a null item is different from every other.
     table = pa.table({OWN_ITEM: pa.nulls(len(codes), pa.string())})
-    queries = Queries.build(codes, squared_norms(codes), probes, table, JoinRules())
+    queries = Queries.build(
+        codes, squared_norms(codes), probes, table, JoinRules(), single_images=index.single_images
+    )
     return search_shards(index, queries, JoinSpec(k=k))
 
 

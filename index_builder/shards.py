@@ -13,14 +13,17 @@ from collections.abc import Iterator
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from index_builder import embeddings, manifests, storage
-from index_builder.assignment import nearest_lists
+from index_builder.assigned_parts import gather_rows, list_bounds
 from index_builder.errors import DatasetError
-from index_builder.manifests import Manifest, Part
+from index_builder.faiss_file import write_lists
+from index_builder.manifests import Manifest, Part, PartFile
 from index_builder.metadata_table import look_up
+from index_builder.metrics import Metric
 from index_builder.sharding import IndexLayout, load_layout
 from index_builder.table_files import MetadataTable
 from index_builder.topk import IdColumn
@@ -32,43 +35,9 @@ TRAINED_NAME = "trained.npz"
 LAYOUT_NAME = "layout.npz"
 SHARED_PART = "shared"
 
-# Columns of the embeddings that the index does not need again.
-_DROPPED = ("vector", "content_sha256", "width", "height", "format")
 _ROW_GROUP_ROWS = 4096
-
-
-def assign_part(blocks: Iterator[pa.Table], trained: TrainedIndex, nprobe: int, path: str) -> None:
-    """Transforms and assigns one part of the embeddings and writes it sorted by list.
-
-    The result is scratch for `build_shard`: a Parquet file with columns `list` int32, `code` float16
-    [dim], `probes` int32 [nprobe], and the columns of the embeddings that the index keeps. Rows of
-    one list stay in the order of the part.
-    """
-    tables = []
-    for block in blocks:
-        codes = trained.transform.apply(embeddings.list_matrix(block["vector"]))
-        probes = nearest_lists(codes, trained.centroids, nprobe)
-        kept = block.drop_columns([name for name in _DROPPED if name in block.column_names])
-        kept = kept.append_column("list", pa.array(probes[:, 0]))
-        kept = kept.append_column("code", embeddings.list_array(codes))
-        tables.append(kept.append_column("probes", embeddings.list_array(probes)))
-    table = pa.concat_tables(tables)
-    order = np.argsort(table["list"].to_numpy(), kind="stable")
-    with storage.atomic_path(path) as temporary:
-        pq.write_table(
-            table.take(order),
-            temporary,
-            row_group_size=_ROW_GROUP_ROWS,
-            compression="NONE",
-            write_statistics=["list"],
-        )
-
-
-def assigned_list_sizes(path: str, nlist: int) -> NDArray[np.int64]:
-    """Counts the rows of each list in an assigned part, int64 [nlist]."""
-    with storage.open_binary(path) as file:
-        lists = pq.read_table(file, columns=["list"])["list"].to_numpy()
-    return np.bincount(lists, minlength=nlist).astype(np.int64)
+# Rows whose norms are computed at once.
+_BLOCK_ROWS = 512
 
 
 def build_shard(
@@ -85,39 +54,41 @@ def build_shard(
     With a metadata table its columns come after those of the images, and the part's properties get
     `metadata_matched` and `metadata_unmatched`, in rows. Raises DatasetError as `look_up` does.
 
-    Memory: the rows of the lists that the shard owns.
+    Memory: the codes of the shard's rows once, their other columns twice, one row group of an
+    assigned part, and 12 bytes for every row of the lists that the shard owns or shares.
     """
-    first_list, last_list = layout.shard_lists(shard)
     start, stop = layout.shard_rows(shard)
-    table = pa.concat_tables([_read_lists(path, first_list, last_list) for path in assigned_paths])
-    # Parts come in order, so a stable sort by list gives the order of the layout.
-    table = table.take(np.argsort(table["list"].to_numpy(), kind="stable"))
-    skipped = start - int(layout.list_offsets[first_list])
-    table = table.slice(skipped, stop - start).combine_chunks()
-
+    codes, table = gather_rows(shard, layout, assigned_paths)
     name = f"shard-{shard:05d}"
     properties: dict[str, int] = {}
     if metadata is not None:
         table, properties = _add_metadata(table, metadata, table_rows_path(folder, name, key))
-    codes = embeddings.list_matrix(table["code"])
-    lists = table["list"].to_numpy()
-    _write_faiss(storage.join(folder, f"{name}.faiss"), trained, codes, lists, start)
-    rows = table.drop_columns(["code", "list"])
-    rows = rows.append_column("squared_norm", pa.array(squared_norms(codes)))
+    _write_faiss(storage.join(folder, f"{name}.faiss"), trained, codes, layout, shard)
+    table = table.append_column("squared_norm", pa.array(_blockwise_norms(codes)))
     with (
         storage.atomic_path(storage.join(folder, f"{name}.parquet")) as temporary,
-        embeddings.parquet_writer(temporary, rows.schema) as writer,
+        embeddings.parquet_writer(temporary, table.schema) as writer,
     ):
-        writer.write_table(rows, row_group_size=_ROW_GROUP_ROWS)
+        writer.write_table(table, row_group_size=_ROW_GROUP_ROWS)
     files = (
         manifests.describe_file(folder, f"{name}.faiss"),
         manifests.describe_file(folder, f"{name}.parquet"),
     )
+    first_list, last_list = layout.shard_lists(shard)
+    own = pc.sum(pc.equal(table["image_id"], table["item_id"])).as_py() or 0
     properties |= {
+        "own_items": int(own),
         "max_id_bytes": IdColumn.from_arrow(table["image_id"]).max_bytes,
         "lists": last_list - first_list,
     }
-    return Part(name, key, len(rows), files, properties)
+    return Part(name, key, stop - start, files, properties)
+
+
+def _blockwise_norms(codes: NDArray[np.float16]) -> NDArray[np.float64]:
+    blocks = [
+        squared_norms(codes[start : start + _BLOCK_ROWS]) for start in range(0, len(codes), _BLOCK_ROWS)
+    ]
+    return np.concatenate(blocks)
 
 
 def table_rows_path(folder: str, name: str, key: str) -> str:
@@ -144,69 +115,74 @@ def _add_metadata(
     }
 
 
-def _read_lists(path: str, first_list: int, last_list: int) -> pa.Table:
-    """Reads the rows of lists first <= list < last of an assigned part, row groups at a time."""
-    with storage.open_binary(path) as file:
-        parquet = pq.ParquetFile(file)
-        column = parquet.schema_arrow.get_field_index("list")
-        # Leaf columns are counted in Parquet's own order; `list` has no nested column before it.
-        tables = [parquet.schema_arrow.empty_table()]
-        for group in range(parquet.num_row_groups):
-            if parquet.metadata.row_group(group).num_rows == 0:
-                continue
-            statistics = _column_statistics(parquet, group, column)
-            if statistics.max >= first_list and statistics.min < last_list:
-                table = parquet.read_row_group(group)
-                lists = table["list"].to_numpy()
-                bounds = np.searchsorted(lists, [first_list, last_list])
-                tables.append(table.slice(bounds[0], bounds[1] - bounds[0]))
-    return pa.concat_tables(tables)
-
-
-def _column_statistics(parquet: pq.ParquetFile, group: int, column: int) -> pq.Statistics:
-    chunk = parquet.metadata.row_group(group).column(column)
-    if chunk.path_in_schema != "list" or chunk.statistics is None:
-        raise DatasetError(
-            "An assigned part has no statistics of its list column. Delete the _work folder of the "
-            "index and build it again."
-        )
-    return chunk.statistics
-
-
-def _write_faiss(
-    path: str,
-    trained: TrainedIndex,
-    codes: NDArray[np.float16],
-    lists: NDArray[np.int32],
-    first_row: int,
-) -> None:
-    quantizer = faiss.IndexFlatIP(trained.dim)
+def empty_faiss_index(trained: TrainedIndex) -> faiss.IndexIVFScalarQuantizer:
+    """Returns the FAISS index of a trained index, with all centroids and no rows."""
+    euclidean = trained.transform.metric is Metric.EUCLIDEAN
+    quantizer = faiss.IndexFlatL2(trained.dim) if euclidean else faiss.IndexFlatIP(trained.dim)
     quantizer.add(trained.centroids.astype(np.float32))
     index = faiss.IndexIVFScalarQuantizer(
         quantizer,
         trained.dim,
         trained.nlist,
         faiss.ScalarQuantizer.QT_fp16,
-        faiss.METRIC_INNER_PRODUCT,
+        faiss.METRIC_L2 if euclidean else faiss.METRIC_INNER_PRODUCT,
         False,  # by_residual: codes must be the vectors themselves
     )
     index.is_trained = True
-    vectors = codes.astype(np.float32)
-    ids = np.arange(first_row, first_row + len(vectors), dtype=np.int64)
-    assigned = np.ascontiguousarray(lists, dtype=np.int64)
-    index.add_core(len(vectors), faiss.swig_ptr(vectors), faiss.swig_ptr(ids), faiss.swig_ptr(assigned))
+    return index
+
+
+def _write_faiss(
+    path: str, trained: TrainedIndex, codes: NDArray[np.float16], layout: IndexLayout, shard: int
+) -> None:
+    first_row = layout.shard_rows(shard)[0]
+    bounds = list_bounds(layout, shard)
+    sizes = np.zeros(trained.nlist, dtype=np.int64)
+    for number, (start, stop) in bounds.items():
+        sizes[number] = stop - start
+    filled = (
+        ([codes[start:stop]], np.arange(first_row + start, first_row + stop))
+        for start, stop in bounds.values()
+        if stop > start
+    )
     with storage.atomic_path(path) as temporary:
-        faiss.write_index(index, temporary)
+        write_lists(temporary, empty_faiss_index(trained), sizes, filled)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ColumnsBeside:
+    """Columns of another dataset, with a part of the same rows in the same order for every shard.
+
+    `schema` names them as a manifest does: {name, type}.
+    """
+
+    folder: str
+    parts: tuple[Part, ...]
+    schema: tuple[dict[str, str], ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """Their names."""
+        return [field["name"] for field in self.schema]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class IndexDataset:
-    """An opened index: its manifest, what was trained, and where the rows live."""
+    """An opened index: its manifest, what was trained, and where the rows live.
+
+    The columns of `beside` are read as if they were the index's own.
+    """
 
     folder: str
     manifest: Manifest
     trained: TrainedIndex
     layout: IndexLayout
+    beside: ColumnsBeside | None = None
+
+    @property
+    def schema(self) -> list[dict[str, str]]:
+        """The columns that a shard's table may have, {name, type}."""
+        return [*self.manifest.schema, *(() if self.beside is None else self.beside.schema)]
 
     @property
     def parts(self) -> list[Part]:
@@ -217,6 +193,11 @@ class IndexDataset:
     def nprobe(self) -> int:
         """The number of lists searched for a query."""
         return int(self.manifest.properties["nprobe"])
+
+    @property
+    def single_images(self) -> bool:
+        """Whether every image is its own item, so that no item has two."""
+        return all(part.properties.get("own_items") == part.rows for part in self.parts)
 
     @property
     def id_bytes(self) -> int:
@@ -291,9 +272,28 @@ class IndexShard:
 
 def read_shard_table(index: IndexDataset, number: int, columns: tuple[str, ...]) -> pa.Table:
     """Reads some Parquet columns of a shard, in row order, without touching its vectors."""
+    names, beside = list(dict.fromkeys(columns)), index.beside
+    others = [] if beside is None else [name for name in names if name in beside.columns]
     path = storage.join(index.folder, index.parts[number].file(".parquet").path)
+    table = _read_columns(path, [name for name in names if name not in others])
+    if beside is None or not others:
+        return table
+    path = storage.join(beside.folder, beside.parts[number].file(".parquet").path)
+    more = _read_columns(path, others)
+    return pa.table({name: (more if name in others else table)[name] for name in names})
+
+
+def _read_columns(path: str, columns: list[str]) -> pa.Table:
+    """Reads columns of a Parquet file. Raises DatasetError where it is damaged."""
     with storage.open_binary(path) as file:
-        return pq.read_table(file, columns=list(dict.fromkeys(columns)))
+        try:
+            return pq.read_table(file, columns=columns)
+        # Damaged pages come as an OSError.
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError(
+                f"{path} cannot be read as Parquet: {error}. The file was changed or damaged: make the "
+                "dataset again."
+            ) from error
 
 
 @contextlib.contextmanager
@@ -309,7 +309,61 @@ def open_shard(
     if verify:
         for file in part.files:
             manifests.verify_file(index.folder, file)
+        if index.beside is not None:
+            for file in index.beside.parts[number].files:
+                manifests.verify_file(index.beside.folder, file)
+    for file in part.files:
+        _check_size(index.folder, file)
     table = read_shard_table(index, number, columns)
     with storage.local_copy(storage.join(index.folder, part.file(".faiss").path)) as path:
+        yield IndexShard(number, index.layout, _map_faiss(index, number, path), table)
+
+
+def _check_size(folder: str, file: PartFile) -> None:
+    path = storage.join(folder, file.path)
+    found = storage.size(path)
+    if found != file.bytes:
+        state = "is missing" if found < 0 else f"has {found} bytes"
+        raise DatasetError(
+            f"{path} {state}, but {manifests.manifest_path(folder)} lists it with {file.bytes} bytes: "
+            "the file was cut off, deleted or replaced. Copy it again, or build the index again."
+        )
+
+
+def _map_faiss(index: IndexDataset, number: int, path: str) -> faiss.IndexIVF:
+    """Maps a shard's FAISS file and checks that it belongs to the index.
+
+    Raises DatasetError; where the manifest's checksum tells of a change, its message says that.
+    """
+    file = index.parts[number].file(".faiss")
+    name = storage.join(index.folder, file.path)
+    try:
         faiss_index = faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        yield IndexShard(number, index.layout, faiss_index, table)
+    except RuntimeError as error:
+        manifests.verify_file(index.folder, file)
+        raise DatasetError(
+            f"{name} cannot be read as a FAISS index: {error}. Build the index again."
+        ) from error
+    start, stop = index.layout.shard_rows(number)
+    centroids = index.trained.centroids
+    found = (type(faiss_index).__name__, faiss_index.ntotal, faiss_index.d)
+    wanted = ("IndexIVFScalarQuantizer", stop - start, centroids.shape[1])
+    if found != wanted or faiss_index.nlist != len(centroids):
+        manifests.verify_file(index.folder, file)
+        raise _foreign(
+            name,
+            f"{found} with {getattr(faiss_index, 'nlist', 0)} lists",
+            f"{wanted} with {len(centroids)} lists",
+        )
+    stored = faiss_index.quantizer.reconstruct_n(0, len(centroids))
+    if not np.array_equal(stored, centroids.astype(np.float32)):
+        manifests.verify_file(index.folder, file)
+        raise _foreign(name, "other centroids", "those of trained.npz")
+    return faiss_index
+
+
+def _foreign(name: str, found: str, wanted: str) -> DatasetError:
+    return DatasetError(
+        f"{name} is a shard of another index: got {found}, wanted {wanted}. Copy the right file, or "
+        "build the index again."
+    )

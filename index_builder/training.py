@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_builder import storage
+from index_builder.errors import DatasetError
+from index_builder.metrics import Metric
 from index_builder.spec import MAX_POINTS_PER_CENTROID, ResolvedSpec
-from index_builder.transform import Transform, learn_transform
-from index_builder.vectors import unit_float16
+from index_builder.transform import Transform, learn_transform, row_blocks
+from index_builder.vectors import round_float16, unit_float16
 
 _KMEANS_ITERATIONS = 20
 
@@ -20,11 +22,17 @@ _KMEANS_ITERATIONS = 20
 class TrainedIndex:
     """What every row is indexed by: the transform and the centroids, float16 [nlist, dim].
 
-    Centroids are in list order: neighbouring lists have similar centroids.
+    Centroids are in list order: neighbouring lists have similar centroids. Under euclidean they are
+    means, under the other metrics unit vectors.
     """
 
     transform: Transform
     centroids: NDArray[np.float16]
+
+    @property
+    def metric(self) -> Metric:
+        """How vectors are compared, with each other and with centroids."""
+        return self.transform.metric
 
     @property
     def nlist(self) -> int:
@@ -37,35 +45,64 @@ class TrainedIndex:
         return int(self.centroids.shape[1])
 
 
-def train_index(spec: ResolvedSpec, sample: NDArray[np.float16]) -> TrainedIndex:
-    """Learns the transform and the centroids on a sample of embeddings, float16 [n, encoder_dim].
+def train_index(
+    spec: ResolvedSpec, sample: NDArray[np.floating[Any]], largest_norm: float | None = None
+) -> TrainedIndex:
+    """Learns the transform and the centroids on a sample of embeddings, [n, encoder_dim].
 
-    Spherical k-means by FAISS, seeded. The centroids are rounded to float16, so assigning a vector
-    to them is exact. A sample with fewer distinct vectors than lists yields duplicate centroids;
-    those are dropped, so the trained nlist can be smaller than the spec's. (FAISS tells some of them
-    apart by a small random shift: those stay, as empty lists.)
+    `largest_norm` is that of the whole corpus, from which the scale is chosen where the metric has
+    one; None stands for a sample that is the whole corpus.
+
+    K-means by FAISS, seeded: for euclidean the plain one, else the spherical one, as FAISS does for
+    its inner product. The centroids are rounded to float16, so assigning a vector to them is exact. A
+    sample with fewer distinct vectors than lists yields duplicate centroids; those are dropped, so
+    the trained nlist can be smaller than the spec's. (FAISS tells some of them apart by a small
+    random shift: those stay, as empty lists.)
     """
-    transform = learn_transform(spec.request.transform, sample)
-    seed = spec.request.seed
-    vectors = transform.apply(sample).astype(np.float32)
+    request = spec.request
+    transform = learn_transform(request.transform, sample, request.metric, largest_norm)
+    vectors = np.empty((len(sample), transform.dim(sample.shape[1])), dtype=np.float32)
+    start = 0
+    for block in row_blocks(sample):
+        vectors[start : start + len(block)] = transform.apply(block)
+        start += len(block)
+    raw = _kmeans(vectors, min(spec.nlist, len(vectors)), request.metric, request.seed)
+    if request.metric is Metric.EUCLIDEAN:
+        centroids = round_float16(raw.astype(np.float64))
+    else:
+        centroids, valid = unit_float16(raw)
+        if not valid.any():  # opposite vectors cancel out
+            centroids, valid = unit_float16(vectors[:1])
+        if not valid.any():  # nor has a zero vector a direction: one list for all
+            centroids, valid = np.eye(1, vectors.shape[1], dtype=np.float16), np.ones(1, np.bool_)
+        centroids = centroids[valid]
+    centroids = np.unique(centroids, axis=0)
+    order = _neighbouring_order(centroids, request.metric, request.seed)
+    return TrainedIndex(transform, centroids[order])
+
+
+def _kmeans(
+    vectors: NDArray[np.float32],
+    clusters: int,
+    metric: Metric,
+    seed: int,
+    iterations: int = _KMEANS_ITERATIONS,
+) -> NDArray[np.float32]:
+    """Returns the centroids of FAISS's k-means, float32 [clusters, d]."""
     kmeans = faiss.Kmeans(
         vectors.shape[1],
-        spec.nlist,
-        niter=_KMEANS_ITERATIONS,
+        clusters,
+        niter=iterations,
         seed=seed,
-        spherical=True,
+        spherical=metric is not Metric.EUCLIDEAN,
         min_points_per_centroid=1,
         max_points_per_centroid=MAX_POINTS_PER_CENTROID,
     )
     kmeans.train(vectors)
-    centroids, valid = unit_float16(kmeans.centroids)
-    if not valid.any():  # opposite vectors cancel out
-        centroids, valid = unit_float16(vectors[:1])
-    centroids = np.unique(centroids[valid], axis=0)
-    return TrainedIndex(transform, centroids[_neighbouring_order(centroids, seed)])
+    return np.asarray(kmeans.centroids, dtype=np.float32)
 
 
-def _neighbouring_order(centroids: NDArray[np.float16], seed: int) -> NDArray[np.int64]:
+def _neighbouring_order(centroids: NDArray[np.float16], metric: Metric, seed: int) -> NDArray[np.int64]:
     """Orders lists so that neighbouring lists are similar.
 
     The centroids are clustered into about sqrt(nlist) groups; the groups are chained from each to
@@ -75,13 +112,8 @@ def _neighbouring_order(centroids: NDArray[np.float16], seed: int) -> NDArray[np
     wide = centroids.astype(np.float32)
     if count < 4:
         return np.arange(count, dtype=np.int64)
-    groups = faiss.Kmeans(
-        wide.shape[1], round(count**0.5), niter=10, seed=seed, spherical=True,
-        min_points_per_centroid=1, max_points_per_centroid=MAX_POINTS_PER_CENTROID,
-    )  # fmt: skip
-    groups.train(wide)
-    centres = np.asarray(groups.centroids)
-    similarity = centres @ centres.T
+    centres = _kmeans(wide, round(count**0.5), metric, seed, iterations=10)
+    similarity = _similarity(centres, centres, metric)
     chain = [0]
     waiting = np.ones(len(centres), dtype=bool)
     waiting[0] = False
@@ -91,24 +123,52 @@ def _neighbouring_order(centroids: NDArray[np.float16], seed: int) -> NDArray[np
         waiting[following] = False
     position = np.empty(len(centres), dtype=np.int64)
     position[chain] = np.arange(len(chain))
-    affinity = wide @ centres.T
+    affinity = _similarity(wide, centres, metric)
     group = affinity.argmax(axis=1)
     order: NDArray[np.int64] = np.lexsort((np.arange(count), -affinity.max(axis=1), position[group]))
     return order
 
 
+def _similarity(
+    rows: NDArray[np.float32], centres: NDArray[np.float32], metric: Metric
+) -> NDArray[np.float32]:
+    """Returns how near rows are to centres, higher is nearer, float32 [rows, centres]."""
+    products = rows @ centres.T
+    if metric is Metric.EUCLIDEAN:
+        lengths = np.square(rows).sum(axis=1)[:, None] + np.square(centres).sum(axis=1)
+        return np.asarray(2 * products - lengths, dtype=np.float32)
+    return products
+
+
 def save_trained(path: str, trained: TrainedIndex) -> None:
     """Writes a trained index as one `.npz` file; equal arrays give equal bytes."""
-    arrays: dict[str, NDArray[Any]] = {"centroids": trained.centroids}
-    if trained.transform.matrix is not None and trained.transform.mean is not None:
-        arrays |= {"mean": trained.transform.mean, "matrix": trained.transform.matrix}
+    transform = trained.transform
+    arrays: dict[str, NDArray[Any]] = {
+        "centroids": trained.centroids,
+        "metric": np.asarray(trained.metric.value),
+        "exponents": np.asarray([transform.input_exponent, transform.output_exponent], np.int64),
+    }
+    if transform.matrix is not None and transform.mean is not None:
+        arrays |= {"mean": transform.mean, "matrix": transform.matrix}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     storage.write_bytes(path, buffer.getvalue())
 
 
 def load_trained(path: str) -> TrainedIndex:
-    """Reads what `save_trained` wrote. Raises FileNotFoundError."""
+    """Reads what `save_trained` wrote.
+
+    Raises FileNotFoundError, and DatasetError for a file of a version that knew no metric.
+    """
     with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as arrays:
-        transform = Transform(arrays["mean"], arrays["matrix"]) if "matrix" in arrays else Transform()
+        missing = {"centroids", "metric", "exponents"} - set(arrays)
+        if missing:
+            raise DatasetError(
+                f"{path} has no {', '.join(sorted(missing))}: another version of Kith wrote it. Build "
+                "the index again."
+            )
+        before, after = (int(number) for number in arrays["exponents"])
+        transform = Transform(
+            arrays.get("mean"), arrays.get("matrix"), Metric(str(arrays["metric"])), before, after
+        )
         return TrainedIndex(transform, arrays["centroids"])

@@ -3,21 +3,25 @@
 import dataclasses
 
 import apache_beam as beam
-import pyarrow.parquet as pq
 
-from index_builder import embeddings, manifests, shards, storage
+from index_builder import building, embeddings, manifests, plan, shards, storage
+from index_builder.building import Retry
+from index_builder.calibration import CalibrationSpec
 from index_builder.errors import DatasetError, KithError
-from index_builder.fingerprints import fingerprint
+from index_builder.host_speed import measure_host
 from index_builder.manifests import Manifest, Part
-from index_builder.sharding import IndexLayout, load_layout
-from index_builder.spec import ResolvedSpec, check_training_memory
+from index_builder.merging import merge_shards
+from index_builder.recall import raised_nprobe
+from index_builder.sharding import IndexLayout
+from index_builder.spec import ResolvedSpec
 from index_builder.table_files import MetadataTable, check_collisions, open_table
 from pipelines.config import Config
+from pipelines.forecast import Forecast
 from pipelines.runners import run_pipeline
 from pipelines.stage import Dataset, Session, StageTask, dataset_folder, run_stage
 from transforms import failures
 from transforms.duplicates import MOST_LISTED, FindDuplicateIds, IdPart
-from transforms.index import REVISION, BuildIndex, BuildSpec
+from transforms.index import BuildIndex, BuildSpec
 
 
 def define_pipeline(root: beam.Pipeline, config: BuildSpec) -> beam.PCollection[Part]:
@@ -44,11 +48,16 @@ def define_id_check(root: beam.Pipeline, config: IdCheck) -> beam.PCollection[st
 
 
 def build_index(
-    config: Config, session: Session, embeddings_folder: str, failures_folder: str | None = None
+    config: Config,
+    session: Session,
+    embeddings_folder: str,
+    failures_folder: str | None = None,
+    retry: Retry | None = None,
 ) -> Dataset:
     """Runs the build stage on an embeddings dataset.
 
-    Ids are checked over the embeddings and, where given, the failures. Raises KithError for
+    Ids are checked over the embeddings and, where given, the failures. With `retry` the index is made
+    again with more lists a query, from what an earlier attempt was trained to. Raises KithError for
     duplicates, naming both locations, and ConfigError for an index that cannot be built or a metadata
     table that does not fit.
     """
@@ -57,14 +66,18 @@ def build_index(
         raise DatasetError(
             f"{embeddings_folder} holds 0 embeddings, wanted at least one. Embed images first."
         )
-    spec = config.index_spec().resolve(source.rows, embeddings.load_dim(source))
-    check_training_memory(spec, int(config.index.memory_limit_gib * 2**30))
+    spec = config.index_spec().resolve(source.rows, embeddings.load_dim(source), config.goal())
+    described = plan.describe_source(embeddings_folder, source)
+    plan.check_memory(spec, described)
     table = open_metadata(config)
     if table is not None:
         check_collisions(table.spec, [field["name"] for field in source.schema])
-    identity = _identity(config, source, table)
+    identity = _identity(config, source, table, retry)
     folder = dataset_folder(config.workspace, shards.KIND, identity)
-    graph = BuildSpec(embeddings_folder, source.parts, spec, folder, identity, table)
+    calibration = calibration_of(config, spec)
+    graph = BuildSpec(
+        embeddings_folder, source.parts, spec, folder, identity, table, calibration, retry
+    )
 
     def prepare() -> None:
         check_ids(session, folder, embeddings_folder, failures_folder)
@@ -73,19 +86,52 @@ def build_index(
         StageTask(
             "build", shards.KIND, folder, identity, spec.shards, "vectors",
             lambda root: define_pipeline(root, graph),
-            lambda: _manifest(folder, identity, spec, source, table),
+            lambda: building.index_manifest(graph, source),
             prepare,
+            lambda: predict_build(spec, described, folder),
         ),
         session,
     )  # fmt: skip
 
 
-def index_identity(config: Config, source: Manifest) -> str:
+def merge_index(session: Session, index_folder: str, path: str) -> dict[str, object]:
+    """Writes one FAISS file of all shards of an index; returns its figures and paths."""
+    merged = merge_shards(shards.open_index(index_folder), path)
+    session.console.print(f"build: merged {merged.rows:,} vectors into {merged.faiss_path}")
+    return dataclasses.asdict(merged)
+
+
+def predict_build(spec: ResolvedSpec, source: plan.Source, folder: str) -> Forecast:
+    """Predicts a build after a short look at this host, which writes a small file into `folder`."""
+    speed = measure_host(spec.rows, spec.dim, spec.nlist, spec.nprobe, spec.goal.k, folder)
+    predicted = plan.plan_build(spec, source, speed)
+    return Forecast(predicted.memory_bytes, predicted.seconds)
+
+
+def index_identity(config: Config, source: Manifest, retry: Retry | None = None) -> str:
     """Returns the fingerprint of the index that a configuration makes of an embeddings dataset.
 
     Raises ConfigError or DatasetError for a metadata table that cannot be found or read.
     """
-    return _identity(config, source, open_metadata(config))
+    return _identity(config, source, open_metadata(config), retry)
+
+
+def calibration_of(config: Config, spec: ResolvedSpec) -> CalibrationSpec | None:
+    """Returns what nprobe is chosen for; None where all lists are searched, or it is given."""
+    return None if spec.nprobe >= spec.nlist else config.calibration_spec()
+
+
+def next_attempt(config: Config, folder: str, index: Manifest) -> Retry | None:
+    """Returns how to make an index again whose recall is below the target; None where it cannot be.
+
+    That is where nprobe is given, where all lists are searched, and after `evaluate.max_attempts`.
+    """
+    properties = index.properties
+    attempt, nprobe, nlist = (int(properties[name]) for name in ("attempt", "nprobe", "nlist"))
+    if properties["calibration"] is None or attempt >= config.promise().attempts or nprobe >= nlist:
+        return None
+    raised = raised_nprobe(nprobe, nlist)
+    return Retry(attempt + 1, raised, folder, properties["calibration"])
 
 
 def open_metadata(config: Config) -> MetadataTable | None:
@@ -94,19 +140,13 @@ def open_metadata(config: Config) -> MetadataTable | None:
     return None if spec is None else open_table(spec)
 
 
-def _identity(config: Config, source: Manifest, table: MetadataTable | None) -> str:
-    value = {
-        "kind": shards.KIND,
-        "revision": REVISION,
-        "embeddings": source.content,
-        "spec": config.index_spec().fingerprint_value(),
-    }
-    return fingerprint(value | _metadata_ingredient(table))
-
-
-def _metadata_ingredient(table: MetadataTable | None) -> dict[str, object]:
-    """Returns what a table adds to the fingerprint; an index without one keeps the one it had."""
-    return {} if table is None else {"metadata": table.fingerprint_value()}
+def _identity(
+    config: Config, source: Manifest, table: MetadataTable | None, retry: Retry | None = None
+) -> str:
+    request, goal = config.index_spec(), config.goal()
+    spec = request.resolve(source.rows, embeddings.load_dim(source), goal)
+    calibration = calibration_of(config, spec)
+    return building.index_identity(source, request, table, goal, calibration, retry)
 
 
 def check_ids(
@@ -137,42 +177,6 @@ def check_ids(
             f"{total} image ids occur more than once, wanted each id once. Give every image its own "
             "id, or remove one of them:\n" + "\n".join(listed)
         )
-
-
-def _manifest(
-    folder: str, identity: str, spec: ResolvedSpec, source: Manifest, table: MetadataTable | None
-) -> Manifest:
-    shared = manifests.collect_parts(folder, [shards.SHARED_PART], [identity])[0]
-    layout = load_layout(storage.join(folder, shards.LAYOUT_NAME))
-    numbers = range(layout.shards)
-    names = [f"shard-{number:05d}" for number in numbers]
-    keys = [fingerprint({"index": identity, "rows": layout.shard_rows(n)}) for n in numbers]
-    parts = manifests.collect_parts(folder, names, keys)
-    path = storage.join(folder, parts[0].file(".parquet").path)
-    with storage.open_binary(path) as file:
-        schema = embeddings.describe_schema(pq.read_schema(file))
-    properties = {
-        **shared.properties,
-        "metric": spec.request.metric.value,
-        "encoder_dim": spec.encoder_dim,
-        "encoder": source.properties.get("encoder", {}),
-        "training_rows": spec.sample,
-        "seed": spec.request.seed,
-        "embeddings": source.content,
-    }
-    return Manifest(
-        shards.KIND,
-        identity,
-        {
-            "code": {"build": REVISION},
-            "config": spec.request.fingerprint_value(),
-            "inputs": source.content,
-            **_metadata_ingredient(table),
-        },
-        schema,
-        (shared, *parts),
-        properties,
-    )
 
 
 def shard_order(layout: IndexLayout) -> list[int]:

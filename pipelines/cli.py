@@ -57,6 +57,11 @@ NeighborsOption = Annotated[
     ),
 ]
 
+PlanOption = Annotated[
+    bool,
+    typer.Option("--plan", help="Print what it would take in bytes, memory and time; do not do it."),
+]
+
 # Beam's options: what stood after `--` on the command line.
 _beam_options: tuple[str, ...] = ()
 
@@ -188,6 +193,12 @@ def _show_paths(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _show_plan(result: dict[str, Any], console: Console) -> None:
+    from pipelines.plan_report import show_plan
+
+    show_plan(result, console)
+
+
 @app.command()
 def nightly(
     config: ConfigOption,
@@ -258,13 +269,23 @@ def embed(
 
 def _stage_figures(dataset: Any) -> dict[str, Any]:
     described = dataset.describe()
-    return {name: described[name] for name in ("state", "rows", "bytes", "seconds", "counters")}
+    names = ("state", "rows", "bytes", "seconds", "counters", "predicted", "actual")
+    return {name: described[name] for name in names if name in described}
 
 
 @app.command()
 def build(
     config: ConfigOption,
     embeddings: EmbeddingsOption = None,
+    plan: PlanOption = False,
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            "--merge",
+            metavar="PATH.faiss",
+            help="Also write all shards as one FAISS file, and PATH.parquet with the ids of its rows.",
+        ),
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -272,27 +293,48 @@ def build(
     """Train and shard the FAISS index of an embeddings dataset."""
 
     def command(config: "Config", session: "Session") -> dict[str, Any]:
-        from pipelines.build_index import build_index
+        from pipelines.build_index import build_index, merge_index
         from pipelines.locate import find_embeddings
+        from pipelines.plan_report import plan_build
         from pipelines.preflight import check_workspace
         from pipelines.runners import workspace_lock
 
         folder, failures = (embeddings, None) if embeddings else find_embeddings(config)
+        if plan:
+            return plan_build(config, folder)
         check_workspace(config.workspace)
         with workspace_lock(config.workspace):
             index = build_index(config, session, folder, failures)
+            merged = {"merged": merge_index(session, index.folder, merge)} if merge else {}
         names = ("shards", "nlist", "nprobe", "dim", "empty_lists", "imbalance")
         properties = index.manifest.properties
         figures = {name: properties[name] for name in names}
-        return {"index": index.folder, "figures": figures, **_stage_figures(index)}
+        return {"index": index.folder, **merged, "figures": figures, **_stage_figures(index)}
 
-    _run("build", config, overrides, as_json, verbose, command, _show_paths)
+    _run("build", config, overrides, as_json, verbose, command, _show_plan if plan else _show_paths)
 
 
 @app.command()
 def join(
     config: ConfigOption,
     index: IndexOption = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            "--queries",
+            metavar="DIR",
+            help="An embeddings dataset whose images are the queries, instead of the index's items.",
+        ),
+    ] = None,
+    limit_ids: Annotated[
+        str | None,
+        typer.Option(
+            "--limit-ids",
+            metavar="FILE",
+            help="Of --queries take only the image ids of this file: text, one a line, or Parquet.",
+        ),
+    ] = None,
+    plan: PlanOption = False,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -300,20 +342,90 @@ def join(
     """Find the k best neighbours of every item of an index."""
 
     def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from index_builder.errors import ConfigError
+        from index_builder.neighbors import STATUSES
         from pipelines.join_neighbors import join_neighbors
+        from pipelines.join_queries import join_queries
+        from pipelines.locate import find_index
+        from pipelines.plan_report import plan_join
+        from pipelines.preflight import check_workspace
+        from pipelines.runners import workspace_lock
+
+        if limit_ids and not queries:
+            raise ConfigError("--limit-ids takes images of --queries, which is missing. Add it.")
+        if plan and queries:
+            raise ConfigError("--plan plans a join of the index with itself. Leave --queries out.")
+        folder = index or find_index(config)
+        if plan:
+            return plan_join(config, folder)
+        check_workspace(config.workspace)
+        with workspace_lock(config.workspace):
+            if queries:
+                asked = join_queries(config, session, folder, queries, limit_ids)
+                found, made = asked.neighbors, {"queries": asked.queries.folder}
+            else:
+                found, made = join_neighbors(config, session, folder), {}
+        names = ("pairs", *STATUSES, "filtered", "widened", "fan_out")
+        figures = {name: found.manifest.properties[name] for name in names}
+        return {"neighbors": found.folder, **made, "figures": figures, **_stage_figures(found)}
+
+    _run("join", config, overrides, as_json, verbose, command, _show_plan if plan else _show_paths)
+
+
+@app.command()
+def groups(
+    config: ConfigOption,
+    index: IndexOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Find groups of near-duplicates in an index."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.find_groups import find_groups
         from pipelines.locate import find_index
         from pipelines.preflight import check_workspace
+        from pipelines.run_manifest import GROUP_FIGURES
         from pipelines.runners import workspace_lock
 
         folder = index or find_index(config)
         check_workspace(config.workspace)
         with workspace_lock(config.workspace):
-            found = join_neighbors(config, session, folder)
-        names = ("pairs", "filled", "exhausted", "capped", "fan_out")
-        figures = {name: found.manifest.properties[name] for name in names}
-        return {"neighbors": found.folder, "figures": figures, **_stage_figures(found)}
+            found = find_groups(config, session, folder)
+        figures = {name: found.manifest.properties[name] for name in GROUP_FIGURES}
+        return {"groups": found.folder, "figures": figures, **_stage_figures(found)}
 
-    _run("join", config, overrides, as_json, verbose, command, _show_paths)
+    _run("groups", config, overrides, as_json, verbose, command, _show_paths)
+
+
+@app.command()
+def graph(
+    config: ConfigOption,
+    index: IndexOption = None,
+    neighbors: NeighborsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Turn neighbours around: mutual and reverse neighbours, hubness."""
+
+    def command(config: "Config", session: "Session") -> dict[str, Any]:
+        from pipelines.locate import find_index, find_neighbors
+        from pipelines.neighbor_graph import neighbor_graph
+        from pipelines.preflight import check_workspace
+        from pipelines.run_manifest import GRAPH_FIGURES
+        from pipelines.runners import workspace_lock
+
+        index_folder = index or find_index(config)
+        folder = neighbors or find_neighbors(config, index_folder)
+        check_workspace(config.workspace)
+        with workspace_lock(config.workspace):
+            made = neighbor_graph(config, session, index_folder, folder)
+        figures = {name: made.manifest.properties[name] for name in GRAPH_FIGURES}
+        return {"graph": made.folder, "figures": figures, **_stage_figures(made)}
+
+    _run("graph", config, overrides, as_json, verbose, command, _show_paths)
 
 
 @app.command()
@@ -359,15 +471,16 @@ def evaluate(
             evaluate_neighbors,
             read_evaluation,
         )
-        from pipelines.locate import find_index, find_neighbors
+        from pipelines.locate import find_embeddings, find_index, find_neighbors
         from pipelines.preflight import check_workspace
         from pipelines.runners import workspace_lock
 
         index_folder = index or find_index(config)
+        source = None if index else find_embeddings(config)[0]
         folder = neighbors or find_neighbors(config, index_folder)
         check_workspace(config.workspace)
         with workspace_lock(config.workspace):
-            measured = evaluate_neighbors(config, session, index_folder, folder)
+            measured = evaluate_neighbors(config, session, index_folder, folder, source)
         figures = read_evaluation(measured)
         check_recall(figures, config.evaluate.min_recall)
         return {
@@ -496,6 +609,59 @@ def convert_weights(
         return convert_weights(source, target, network)
 
     _report("convert-weights", as_json, verbose, work, _show_paths)
+
+
+@app.command(name="import-vectors")
+def import_vectors(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PARQUET...", help="Files or globs with vectors and ids.")
+    ],
+    output: Annotated[
+        str,
+        typer.Option("--output", metavar="DIR", help="The new dataset, for kith build --embeddings."),
+    ],
+    id_column: Annotated[str, typer.Option("--id-column", help="Text or whole numbers.")] = "id",
+    vector_column: Annotated[
+        str, typer.Option("--vector-column", help="Lists of floats, all of one length.")
+    ] = "vector",
+    item_column: Annotated[
+        str | None,
+        typer.Option("--item-column", help="The item that a row shows; default: the row is its own."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Metadata to take; default: all other columns. Repeatable."),
+    ] = None,
+    normalize: Annotated[
+        bool,
+        typer.Option(help="Vectors of unit length in float16; else as they are, in float32."),
+    ] = True,
+    encoder: Annotated[
+        str, typer.Option("--encoder", metavar="NAME", help="What made them; only equal names compare.")
+    ] = "imported",
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make an embeddings dataset of vectors that were made elsewhere."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from index_builder import embeddings, manifests
+        from index_builder.importing import import_vectors
+
+        folder = import_vectors(
+            paths,
+            output,
+            id_column=id_column,
+            vector_column=vector_column,
+            item_column=item_column,
+            columns=columns or None,
+            normalize=normalize,
+            encoder=encoder,
+        )
+        made = manifests.load(folder, embeddings.KIND)
+        return {"embeddings": folder, "rows": made.rows, "dim": made.properties["dim"]}
+
+    _report("import-vectors", as_json, verbose, work, _show_paths)
 
 
 if __name__ == "__main__":

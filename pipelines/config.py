@@ -3,14 +3,22 @@
 The field descriptions are the configuration reference (`docs/configuration.md` is made from them).
 """
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
+from index_builder.calibration import CalibrationSpec
+from index_builder.graph import GraphSpec
 from index_builder.join import JoinSpec
-from index_builder.rules import JoinRules
-from index_builder.spec import IndexSpec, Metric, TransformSpec
+from index_builder.metrics import Metric
+from index_builder.pairs import PairSpec
+from index_builder.recall import Promise
+from index_builder.rules import OWN_ITEM
+from index_builder.spec import Goal, IndexSpec, TransformSpec
 from index_builder.table_files import TableSpec
+from pipelines.rules_config import Rules
+from pipelines.sections import Section
 from transforms.decoding import DEFAULT_MAX_PIXELS, DecodePolicy
 from transforms.embed import EmbedSpec
 from transforms.encoders.engines.choice import EngineChoice, EngineName, Precision
@@ -18,6 +26,7 @@ from transforms.encoders.family import EncoderSpec, Pooling
 from transforms.encoders.registry import resolve_input_size
 from transforms.evaluate import EvaluateSpec
 from transforms.exports import ExportSpec
+from transforms.item_rows import ItemRows
 from transforms.locations import Location
 from transforms.prepare import Preparation
 from transforms.preprocessing import Interpolation, Preprocessing, Resize
@@ -34,12 +43,7 @@ def _auto(value: Any) -> Any:
 
 
 AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+AutoCountOrZero = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_auto)]
 
 
 class Images(Section):
@@ -169,6 +173,11 @@ class Embeddings(Section):
         "settings are unchanged, and vectors of pictures whose bytes are, instead of encoding them "
         "again.",
     )
+    normalize: bool = Field(
+        True,
+        description="`true`: vectors of unit length in float16. `false`: the encoder's own numbers in "
+        "float32, where lengths count (index.metric). It is part of the encoder's fingerprint.",
+    )
     max_failed_fraction: float = Field(
         1.0,
         ge=0,
@@ -199,27 +208,53 @@ class Transform(Section):
 class Index(Section):
     """The FAISS index."""
 
-    metric: Literal["cosine"] = Field("cosine", description="How vectors are compared.")
+    metric: Literal["cosine", "euclidean", "inner_product"] = Field(
+        "cosine",
+        description="How vectors are compared: by their angle, by distance, or by the dot product. The "
+        "last two are meant for embeddings.normalize: false; of unit vectors all three rank alike.",
+    )
     transform: Transform = Transform()
-    nlist: AutoCount = Field(None, description="Inverted lists.")
-    nprobe: AutoCount = Field(None, description="Lists searched for one query.")
-    shards: AutoCount = Field(None, description="Index shards; `auto` makes them about 256 MB.")
+    nlist: AutoCount = Field(
+        None, description="Inverted lists. `kith build --plan` says what `auto` chooses, and why."
+    )
+    nprobe: AutoCount = Field(
+        None,
+        description="Lists searched for one query; `auto`: all up to 20,000 images, else calibrated "
+        "for `evaluate.min_recall` on real queries, or 4 sqrt(nlist) where nothing is promised.",
+    )
+    shards: AutoCount = Field(
+        None,
+        description="Index shards; `auto` makes them about 256 MB, or smaller where memory is short.",
+    )
     training_rows: int = Field(
         500_000, ge=1, description="Vectors in the random sample that the index is trained on."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the sample and of k-means.")
     memory_limit_gib: float = Field(
-        8.0, gt=0, description="A training that would take more is refused before any work."
+        8.0,
+        gt=0,
+        description="What one task may take: training, building or joining one shard. A spec that "
+        "would take more is refused before any work.",
     )
 
 
-class Rules(Section):
-    """Which items may be neighbours; applied before the best are chosen, never after."""
+class Duplicates(Section):
+    """Groups of near-duplicates, found in the index before the join.
 
-    same: tuple[str, ...] = Field(
-        (), description="Metadata columns whose value must be equal; null equals nothing."
+    Their columns `group`, `is_representative` and `group_size` can be named by rules and exports.
+    """
+
+    threshold: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Two images with at least this score (of `index.metric`) are in one group, and so "
+        "are those that others link; `null` looks for none.",
     )
-    different: tuple[str, ...] = Field((), description="Metadata columns whose value must differ.")
+    nprobe: AutoCount = Field(
+        None,
+        description="Two images are compared when the list of one is among so many nearest lists of "
+        "the other; `auto`: all that the index keeps, `index.nprobe`.",
+    )
 
 
 class Join(Section):
@@ -227,6 +262,14 @@ class Join(Section):
 
     k: int = Field(20, ge=1, le=10_000, description="Neighbours of each item.")
     rules: Rules = Rules()
+    max_probe: AutoCountOrZero = Field(
+        None,
+        description="A query that the probed lists leave with fewer than k neighbours is searched "
+        "again over this many lists; `auto`: four times index.nprobe; 0: never.",
+    )
+    evidence: tuple[Literal["margin"], ...] = Field(
+        (), description="More about each neighbour: `margin` is its score minus that of the next."
+    )
     threads: AutoCount = Field(None, description="Threads of one join task; `auto`: all cores.")
 
 
@@ -241,7 +284,18 @@ class Evaluate(Section):
         0.0,
         ge=0,
         le=1,
-        description="A run whose recall has a 95 % lower bound below this is not published.",
+        description="A run whose recall has a 95 % lower bound below this is not published. With "
+        "index.nprobe `auto` it is also what nprobe is calibrated for, and raised for.",
+    )
+    max_attempts: int = Field(
+        3,
+        ge=1,
+        le=10,
+        description="How often a run may certify recall, with nprobe raised by half each time, before "
+        "it is refused. A fixed index.nprobe is never raised.",
+    )
+    recall_by: str | None = Field(
+        None, description="Metadata column by whose values recall is certified, too."
     )
     truth: str | None = Field(
         None,
@@ -256,6 +310,19 @@ class Evaluate(Section):
     )
 
 
+class Graph(Section):
+    """Mutual neighbours, reverse neighbours and hubness, from the finished join."""
+
+    enabled: bool = Field(
+        False, description="Make it in the nightly run; `kith graph` makes it in any case."
+    )
+    max_reverse: int = Field(
+        100,
+        ge=1,
+        description="Reverse neighbours of an item that are kept, best first; all are counted.",
+    )
+
+
 class Export(Section):
     """The files that a recommender loads."""
 
@@ -267,6 +334,11 @@ class Export(Section):
         None,
         allow_inf_nan=False,
         description="Neighbours with a lower score are left out; the query keeps its row.",
+    )
+    by: Literal["image", "item"] = Field(
+        "image",
+        description="What a row is of. `item`: all images of an item together, its neighbours items, "
+        "each with its best image.",
     )
 
 
@@ -290,8 +362,10 @@ class Config(Section):
     encoder: Encoder = Encoder()
     embeddings: Embeddings = Embeddings()
     index: Index = Index()
+    duplicates: Duplicates = Duplicates()
     join: Join = Join()
     evaluate: Evaluate = Evaluate()
+    graph: Graph = Graph()
     export: Export = Export()
     nightly: Nightly = Nightly()
 
@@ -318,6 +392,7 @@ class Config(Section):
             self.encoder.batch_size,
             self.encoder.decode_threads,
             self.images.decode_timeout_sec,
+            self.embeddings.normalize,
         )
 
     def encoder_spec(self) -> EncoderSpec:
@@ -356,27 +431,73 @@ class Config(Section):
             section.seed,
         )
 
+    def goal(self) -> Goal:
+        """Returns what the choices that are left to Kith aim at."""
+        limit = int(self.index.memory_limit_gib * 2**30)
+        return Goal(self.join.k, self.evaluate.min_recall, limit)
+
     def join_spec(self) -> JoinSpec:
-        """Returns the join; it carries every column that a later stage needs."""
-        evaluate = [self.evaluate.truth, self.evaluate.group_by]
+        """Returns the join; it carries every column that a later stage needs.
+
+        Exclusions are files: `join_exclusions.settle_join` adds them.
+        """
+        evaluate = [self.evaluate.truth, self.evaluate.group_by, self.evaluate.recall_by]
         wanted = [*self.export.columns, *(name for name in evaluate if name)]
-        rules = JoinRules(self.join.rules.same, self.join.rules.different)
-        return JoinSpec(self.join.k, rules, tuple(dict.fromkeys(wanted)), self.join.threads)
+        join = self.join
+        if self.export.by == "item":
+            wanted += [OWN_ITEM, *join.rules.max_per]
+        return JoinSpec(
+            join.k,
+            join.rules.rules(),
+            tuple(dict.fromkeys(wanted)),
+            join.threads,
+            join.max_probe,
+            join.evidence,
+        )
+
+    def pair_spec(self) -> PairSpec | None:
+        """Returns which images are near-duplicates, or None where none are looked for."""
+        section = self.duplicates
+        if section.threshold is None:
+            return None
+        return PairSpec(section.threshold, section.nprobe, self.join.threads)
+
+    def graph_spec(self) -> GraphSpec:
+        """Returns how much of the graph is kept."""
+        return GraphSpec(self.graph.max_reverse)
 
     def evaluate_spec(self) -> EvaluateSpec:
         """Returns what is measured."""
         section = self.evaluate
         return EvaluateSpec(
-            section.sample,
-            section.seed,
+            self.promise(),
             section.truth,
             min(section.truth_k, self.join.k),
             section.group_by,
             section.examples,
             self.join_spec().columns,
+            section.recall_by,
         )
+
+    def promise(self) -> Promise:
+        """Returns what is promised of the recall, and how often it may be tried."""
+        section = self.evaluate
+        # Only where Kith chose nprobe may it choose another.
+        attempts = section.max_attempts if self.index.nprobe is None and section.min_recall else 1
+        return Promise(section.min_recall, section.sample, section.seed, attempts)
+
+    def calibration_spec(self) -> CalibrationSpec | None:
+        """Returns what nprobe is chosen for, or None where it is given or nothing is promised."""
+        if self.index.nprobe is not None or not self.evaluate.min_recall:
+            return None
+        join = self.join_spec()
+        rules = dataclasses.replace(join.rules, exclude=None)
+        return CalibrationSpec(self.promise(), join.k, rules)
 
     def export_spec(self) -> ExportSpec:
         """Returns what is exported."""
         section = self.export
-        return ExportSpec(section.formats, section.columns, section.min_score)
+        items = None
+        if section.by == "item":
+            items = ItemRows(self.join.k, tuple(self.join.rules.max_per.items()))
+        return ExportSpec(section.formats, section.columns, section.min_score, items)

@@ -5,8 +5,12 @@ from collections.abc import Iterable
 
 from apache_beam.transforms.resources import parse_resource_hints
 
-from index_builder.embeddings import RESERVED_COLUMNS
+from index_builder import groups
+from index_builder.conditions import check_condition
+from index_builder.embeddings import METADATA_TYPES, RESERVED_COLUMNS
 from index_builder.errors import ConfigError
+from index_builder.metrics import Metric
+from index_builder.pairs import check_threshold
 from index_builder.table_files import check_collisions
 from pipelines.config import INDEX_COLUMNS, CatalogMetadata, Config
 from transforms.encoders.registry import check_encoder, encoder_names
@@ -28,6 +32,7 @@ def check_config(config: Config) -> None:
             "`columns`)."
         )
     _check_table(config)
+    _check_duplicates(config)
     try:
         parse_resource_hints(config.embeddings.resource_hints)
     except ValueError as error:
@@ -44,6 +49,7 @@ def check_config(config: Config) -> None:
             )
     if config.images.sources:
         _check_columns(config)
+        _check_conditions(config)
     both = set(config.join.rules.same) & set(config.join.rules.different)
     if both:
         raise ConfigError(
@@ -60,6 +66,30 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"index.nprobe: got {index.nprobe}, wanted at most index.nlist ({index.nlist}). "
             "Lower it, or set it to auto."
+        )
+
+
+def _check_duplicates(config: Config) -> None:
+    """Refuses a threshold that the metric cannot have, and columns named like those of the groups."""
+    section = config.duplicates
+    if section.threshold is None:
+        return
+    check_threshold(Metric(config.index.metric), section.threshold)
+    for key, columns in (
+        ("images.metadata", config.images.metadata),
+        ("catalog.metadata.columns", config.catalog.metadata.columns),
+    ):
+        taken = sorted(set(groups.COLUMNS) & set(columns))
+        if taken:
+            raise ConfigError(
+                f"{key}: {taken[0]!r} is a column of the near-duplicate groups, wanted a name of your "
+                "own. Rename it, or set duplicates.threshold to null."
+            )
+    nprobe = config.index.nprobe
+    if section.nprobe is not None and nprobe is not None and section.nprobe > nprobe:
+        raise ConfigError(
+            f"duplicates.nprobe: got {section.nprobe}, wanted at most index.nprobe ({nprobe}). Lower "
+            "it, or set it to auto."
         )
 
 
@@ -89,14 +119,19 @@ def _check_table(config: Config) -> None:
 
 def _check_columns(config: Config) -> None:
     """Refuses columns that the catalogue will not have; datasets made elsewhere have their own."""
-    known = sorted({*config.images.metadata, *config.catalog.metadata.columns, *INDEX_COLUMNS})
+    made = () if config.duplicates.threshold is None else groups.COLUMNS
+    known = sorted({*config.images.metadata, *config.catalog.metadata.columns, *INDEX_COLUMNS, *made})
     evaluate = config.evaluate
     named: dict[str, Iterable[str | None]] = {
         "join.rules.same": config.join.rules.same,
         "join.rules.different": config.join.rules.different,
+        "join.rules.queries": [section.column for section in config.join.rules.queries],
+        "join.rules.candidates": [section.column for section in config.join.rules.candidates],
+        "join.rules.max_per": config.join.rules.max_per,
         "export.columns": config.export.columns,
         "evaluate.truth": [evaluate.truth],
         "evaluate.group_by": [evaluate.group_by],
+        "evaluate.recall_by": [evaluate.recall_by],
     }
     for key, names in named.items():
         for name in names:
@@ -105,3 +140,19 @@ def _check_columns(config: Config) -> None:
                     f"{key}: got {name!r}, wanted one of the columns {', '.join(known)}. "
                     "Add it to images.metadata or catalog.metadata.columns, or correct the name."
                 )
+
+
+def _check_conditions(config: Config) -> None:
+    """Refuses conditions whose values do not fit a column's configured type."""
+    types = dict.fromkeys(("image_id", "item_id", "source_shard"), METADATA_TYPES["string"])
+    types["row"] = METADATA_TYPES["int64"]
+    if config.duplicates.threshold is not None:
+        types |= {name: groups.SCHEMA.field(name).type for name in groups.COLUMNS}
+    for columns in (config.images.metadata, config.catalog.metadata.columns):
+        types |= {name: METADATA_TYPES[kind] for name, kind in columns.items()}
+    rules = config.join.rules
+    for key, sections in (("queries", rules.queries), ("candidates", rules.candidates)):
+        for number, section in enumerate(sections):
+            if section.column in types:
+                where = f"join.rules.{key}.{number}"
+                check_condition(section.condition(), types[section.column], where)

@@ -178,7 +178,7 @@ def _known_keys(path: Sequence[Any]) -> list[str]:
             if part in model.model_fields
             for found in _models_in(model.model_fields[part].annotation)
         ]
-    return sorted({key for model in models for key in model.model_fields})
+    return sorted({field.alias or key for model in models for key, field in model.model_fields.items()})
 
 
 def _models_in(annotation: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipelines.config import AutoCount, Config
+from pipelines.rules_config import ConditionSection
 from transforms.locations import Location
 from transforms.sources.registry import AnySource
 
@@ -103,6 +104,7 @@ encoder:
   decode_threads: auto
 embeddings:
   reuse: true
+  normalize: true
   max_failed_fraction: 1.0
   max_failed_fraction_per_shard: 1.0
   resource_hints: {}
@@ -115,22 +117,41 @@ index:
   training_rows: 500000
   seed: 0
   memory_limit_gib: 8.0
+duplicates: {threshold: null, nprobe: auto}
 join:
   k: 20
-  rules: {same: [], different: []}
+  rules:
+    same: []
+    different: []
+    queries: []
+    candidates: []
+    max_per: {}
+    exclude:
+      paths: []
+      by: image_id
+      query_column: query_id
+      neighbor_column: neighbor_id
+      symmetric: false
+      unknown_ids: error
+  max_probe: auto
+  evidence: []
   threads: auto
 evaluate:
   sample: 1000
   seed: 1
   min_recall: 0.0
+  max_attempts: 3
+  recall_by: null
   truth: null
   truth_k: 10
   group_by: null
   examples: 3
+graph: {enabled: false, max_reverse: 100}
 export:
   formats: [parquet, jsonl]
   columns: []
   min_score: null
+  by: image
 nightly:
   publish: true
   report: true
@@ -160,6 +181,8 @@ def _sections(
                 shown = f"`{typing.get_args(source.model_fields['format'].annotation)[0]}`"
                 yield f"{where}[]", shown, source
                 yield from _sections(source, f"{where}[]", shown)
+        elif (listed := _listed_section(field)) is not None:
+            yield f"{where}[]", note, listed
         elif _is_section(field):
             below: Any = field.annotation
             yield where, note, below
@@ -168,6 +191,13 @@ def _sections(
 
 def _is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _listed_section(field: FieldInfo) -> type[BaseModel] | None:
+    """Returns the section that a field is a list of, if it is one."""
+    arguments = typing.get_args(field.annotation)
+    found = arguments[0] if typing.get_origin(field.annotation) is tuple else None
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
 
 
 def _is_sources(field: FieldInfo) -> bool:
@@ -184,7 +214,8 @@ def _table(model: type[BaseModel], path: str) -> str:
     for name, field in model.model_fields.items():
         if not _is_section(field):
             text = (field.description or "Says which source this is.").replace("|", "\\|")
-            lines.append(f"| `{_key(path, name)}` | {_type(field)} | {_default(field)} | {text} |")
+            key = _key(path, field.alias or name)
+            lines.append(f"| `{key}` | {_type(field)} | {_default(field)} | {text} |")
     # A section that only holds sections has no table.
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
@@ -210,8 +241,12 @@ def _type_name(annotation: Any, bounds: str = "") -> str:
         return _NAMES[annotation] + (bounds if annotation in (int, float) else "")
     if annotation == AnySource:
         return "source"
+    if annotation is ConditionSection:
+        return "condition"
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
+    if {*arguments} - {type(None)} == {bool, int, float, str}:
+        return "truth value, number or text" + " or `null`" * (type(None) in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(part, bounds) for part in arguments)
     if origin is Annotated:

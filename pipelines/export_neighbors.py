@@ -11,7 +11,15 @@ from index_builder.fingerprints import fingerprint
 from index_builder.manifests import Manifest, Part
 from pipelines.config import Config
 from pipelines.stage import Dataset, Session, StageTask, dataset_folder, run_stage
-from transforms.exports import KIND, REVISION, ExportNeighbors, ExportSpec, export_schema
+from transforms.exports import (
+    KIND,
+    REVISION,
+    ExportNeighbors,
+    ExportSpec,
+    carried_columns,
+    export_schema,
+    item_columns,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +40,13 @@ def define_pipeline(root: beam.Pipeline, config: ExportConfig) -> beam.PCollecti
         | "ListParts" >> beam.Create(config.parts)
         | "SpreadParts" >> beam.Reshuffle()
         | "ExportNeighbors"
-        >> ExportNeighbors(config.neighbors_folder, config.spec, config.export_folder, config.key)
+        >> ExportNeighbors(
+            config.neighbors_folder,
+            config.spec,
+            config.export_folder,
+            config.key,
+            tuple(part.name for part in config.parts),
+        )
     )
 
 
@@ -44,7 +58,7 @@ def export_neighbors(config: Config, session: Session, neighbors_folder: str) ->
     source = manifests.load(neighbors_folder, neighbors.KIND)
     spec = config.export_spec()
     carried = {field["name"].removeprefix("query_") for field in source.schema}
-    for name in spec.columns:
+    for name in carried_columns(spec):
         if name not in carried:
             raise ConfigError(
                 f"export.columns: got {name!r}, wanted a column that {neighbors_folder} carries. "
@@ -74,7 +88,9 @@ def _manifest(folder: str, identity: str, source: Manifest, spec: ExportSpec) ->
     names = [part.name for part in source.parts]
     parts = manifests.collect_parts(folder, names, [identity] * len(names))
     types = {field["name"]: field["type"] for field in source.schema}
-    kinds = tuple((name, pa.type_for_alias(types[f"query_{name}"])) for name in spec.columns)
+    types["query_image_id"] = "string"
+    shown = spec.columns if spec.items is None else item_columns(spec)
+    kinds = tuple((name, pa.type_for_alias(types[f"query_{name}"])) for name in shown)
     return Manifest(
         KIND,
         identity,

@@ -3,7 +3,7 @@
 from index_builder import embeddings, manifests, neighbors, shards
 from index_builder.errors import DatasetError
 from index_builder.shards import open_index
-from pipelines.build_index import index_identity
+from pipelines.build_index import index_identity, next_attempt
 from pipelines.config import Config
 from pipelines.embed_plan import plan_embedding
 from pipelines.engine_choice import recall_engine
@@ -28,10 +28,18 @@ def find_embeddings(config: Config) -> tuple[str, str]:
 
 
 def find_index(config: Config) -> str:
-    """Returns the folder of the index of a configuration. Raises DatasetError."""
+    """Returns the folder of the index of a configuration: of the last attempt that was made.
+
+    Raises DatasetError.
+    """
     source = manifests.load(find_embeddings(config)[0], embeddings.KIND)
     folder = dataset_folder(config.workspace, shards.KIND, index_identity(config, source))
     _require(folder, "index", "kith build", "--index")
+    while retry := next_attempt(config, folder, manifests.load(folder, shards.KIND)):
+        raised = dataset_folder(config.workspace, shards.KIND, index_identity(config, source, retry))
+        if not manifests.is_complete(raised):
+            break
+        folder = raised
     return folder
 
 

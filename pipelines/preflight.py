@@ -8,6 +8,7 @@ import tempfile
 
 from index_builder import storage
 from index_builder.errors import ConfigError, KithError
+from index_builder.exclusions import list_exclusion_files
 from index_builder.table_files import find_table_files
 from pipelines.config import Config
 from transforms.encoders.registry import check_encoder
@@ -52,7 +53,8 @@ def check_environment() -> None:
 def check_inputs(config: Config) -> None:
     """Raises ConfigError for a missing path, before any work; KithError for a glob without files.
 
-    A metadata table is looked at too: its columns are known before the first image is embedded.
+    A metadata table is looked at too, and excluded pairs: their columns are known before the first
+    image is embedded.
     """
     require_sources(config)
     for source in config.images.sources:
@@ -60,6 +62,9 @@ def check_inputs(config: Config) -> None:
     table = config.table_spec()
     if table is not None:
         find_table_files(table)
+    excluded = config.join.rules.exclude.spec()
+    if excluded is not None:
+        list_exclusion_files(excluded)
     check_workspace(config.workspace)
     check_encoder(config.encoder_spec())
 

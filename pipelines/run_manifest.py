@@ -7,6 +7,7 @@ import platform
 from typing import Any
 
 from index_builder import storage
+from index_builder.neighbors import STATUSES
 from pipelines.config import Config
 from pipelines.embed_images import Embedded
 from pipelines.preflight import kith_version, recorded_versions
@@ -19,6 +20,20 @@ PUBLISHED = "published"
 NOT_PUBLISHED = "not published"
 REFUSED = "refused"
 
+# What a run tells of each attempt to reach evaluate.min_recall.
+ATTEMPT_FIGURES = ("attempt", "nprobe", "estimate", "lower_bound", "confidence", "queries")
+# What a run and the commands tell of the groups and of the graph.
+GROUP_FIGURES = ("threshold", "groups", "grouped", "largest")
+GRAPH_FIGURES = (
+    "edges",
+    "mutual_edges",
+    "mutual_share",
+    "unreached",
+    "unreached_share",
+    "max_reverse_degree",
+    "reverse_degree_skewness",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -30,6 +45,9 @@ class Outcome:
     evaluation: Dataset
     figures: dict[str, Any]
     export: Dataset | None
+    groups: Dataset | None = None
+    attempts: tuple[dict[str, Any], ...] = ()
+    graph: Dataset | None = None
 
     def datasets(self) -> dict[str, Dataset]:
         """Returns the datasets by kind."""
@@ -42,6 +60,10 @@ class Outcome:
         }
         if self.export is not None:
             found["recommendations"] = self.export
+        if self.groups is not None:
+            found["groups"] = self.groups
+        if self.graph is not None:
+            found["graph"] = self.graph
         return found
 
 
@@ -74,6 +96,10 @@ def describe_run(
     }
     if outcome.export is not None:
         stages["export"] = outcome.export.describe()
+    if outcome.groups is not None:
+        stages["groups"] = outcome.groups.describe()
+    if outcome.graph is not None:
+        stages["graph"] = outcome.graph.describe()
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
@@ -111,19 +137,25 @@ def describe_run(
         },
         "join": {
             "queries": joined.rows,
-            **{
-                name: joined.properties[name]
-                for name in ("k", "pairs", "filled", "exhausted", "capped", "rules")
-            },
+            **{name: joined.properties[name] for name in ("k", "pairs", *STATUSES)},
+            **{name: joined.properties[name] for name in ("filtered", "widened", "rules")},
         },
         "recall": outcome.figures["recall"] | {"minimum": config.evaluate.min_recall},
+        "attempts": list(outcome.attempts),
         "truth": outcome.figures["truth"],
+        "duplicates": _figures(outcome.groups, GROUP_FIGURES),
+        "graph": _figures(outcome.graph, GRAPH_FIGURES),
         "export": _describe_export(outcome.export),
         "stages": stages,
         "fingerprints": {
             kind: dataset.manifest.fingerprint for kind, dataset in outcome.datasets().items()
         },
     }
+
+
+def _figures(dataset: Dataset | None, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """Returns some of a dataset's properties, or None where the run did not make it."""
+    return None if dataset is None else {name: dataset.manifest.properties[name] for name in names}
 
 
 def _describe_export(export: Dataset | None) -> dict[str, Any] | None:

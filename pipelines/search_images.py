@@ -8,10 +8,12 @@ import numpy as np
 
 from index_builder import storage
 from index_builder.errors import ConfigError, FingerprintError, ImageError, KithError
+from index_builder.join import JoinSpec
 from index_builder.search import describe_neighbors, search_vectors
 from index_builder.shards import IndexDataset, open_index
 from pipelines.config import Config
 from pipelines.engine_choice import engine_in
+from pipelines.find_groups import add_groups
 from pipelines.reuse import differences
 from transforms.embed import EmbedSpec
 from transforms.encode import encode_batch
@@ -51,10 +53,10 @@ def search_images(
     Raises ConfigError for a missing image or column, FingerprintError when the configuration's
     encoder is not the one that the index was made with.
     """
-    index = open_index(index_folder)
+    index, _ = add_groups(config, open_index(index_folder), JoinSpec(k, columns=columns))
     spec = config.embed_spec(_engine_for(config, index))
     check_encoder_fits(index, spec)
-    known = [field["name"] for field in index.manifest.schema]
+    known = [field["name"] for field in index.schema]
     for name in columns:
         if name not in known:
             raise ConfigError(
@@ -72,7 +74,7 @@ def search_images(
     for start in range(0, len(found), spec.batch_size):
         batch = found[start : start + spec.batch_size]
         assert encoder is not None
-        encoded = encode_batch(encoder, np.stack([image.pixels for _, image in batch]))
+        encoded = encode_batch(encoder, np.stack([image.pixels for _, image in batch]), spec.normalize)
         usable, vectors = [], []
         for (i, image), vector in zip(batch, encoded, strict=True):
             if isinstance(vector, ImageError):

@@ -10,6 +10,7 @@ from rich.console import Console
 from index_builder import manifests, storage
 from index_builder.fingerprints import short
 from index_builder.manifests import Manifest
+from pipelines.forecast import Forecast, Meter
 from pipelines.progress import watch_stage
 from pipelines.runners import Define, RunnerSpec, run_pipeline
 
@@ -22,7 +23,11 @@ FOLDERS = {
     "embeddings": "embeddings",
     "failures": "failures",
     "index": "index",
+    "queries": "queries",
+    "exclusions": "exclusions",
+    "groups": "groups",
     "neighbors": "neighbors",
+    "graph": "graph",
     "evaluation": "evaluations",
     "recommendations": "exports",
 }
@@ -38,13 +43,17 @@ class Session:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A complete dataset and how it came about: `state` is made, resumed or unchanged."""
+    """A complete dataset and how it came about: `state` is made, resumed or unchanged.
+
+    `forecast` holds `predicted` and `actual` of a stage that was predicted and made in one go.
+    """
 
     folder: str
     manifest: Manifest
     state: str
     seconds: float
     counters: dict[str, int]
+    forecast: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
         """Returns the stage's entry of `run.json`."""
@@ -57,6 +66,7 @@ class Dataset:
             "fingerprint": self.manifest.fingerprint,
             "content": self.manifest.content,
             "counters": self.counters,
+            **(self.forecast or {}),
         }
 
 
@@ -71,6 +81,8 @@ class StageTask:
 
     `prepare` runs before the pipeline (checks, reused parts), `define` builds its graph, `finish`
     reads the markers and returns the manifest. `parts` and `unit` are for the progress display.
+    `forecast` predicts what a whole run of the stage takes, on workers in this process, or returns
+    None where it cannot.
     """
 
     name: str
@@ -82,6 +94,7 @@ class StageTask:
     define: Define
     finish: Callable[[], Manifest]
     prepare: Callable[[], None] = lambda: None
+    forecast: Callable[[], Forecast | None] | None = None
 
 
 def run_stage(task: StageTask, session: Session) -> Dataset:
@@ -98,6 +111,10 @@ def run_stage(task: StageTask, session: Session) -> Dataset:
     resumed = manifests.count_finished(task.folder) > 0
     if resumed:
         session.console.print(f"{task.name}: going on where an earlier run stopped")
+    forecast = None
+    if task.forecast is not None and not resumed and session.runner.is_local:
+        forecast = task.forecast()
+    meter = Meter()
     task.prepare()
     with watch_stage(task.name, task.folder, task.parts, task.unit, session.console):
         counters = run_pipeline(task.define, session.runner)
@@ -106,4 +123,5 @@ def run_stage(task: StageTask, session: Session) -> Dataset:
     state = RESUMED if resumed else MADE
     seconds = time.monotonic() - start
     session.console.print(f"{task.name}: {manifest.rows:,} {task.unit} in {seconds:.1f} s")
-    return Dataset(task.folder, manifest, state, seconds, counters)
+    figures = None if forecast is None else meter.compare(forecast)
+    return Dataset(task.folder, manifest, state, seconds, counters, figures)

@@ -24,12 +24,18 @@ def summary_table(run: Mapping[str, Any]) -> Table:
     table.add_row("index shards", f"{index['shards']:,}")
     table.add_row("lists, probed", f"{index['nlist']:,}, {index['nprobe']:,}")
     table.add_row(f"recall@{recall['k']}", f"{recall['estimate']:.4f}")
-    table.add_row("  lower bound (95 %)", f"{recall['lower_bound']:.4f}")
+    table.add_row(f"  lower bound ({recall['confidence']:.4g})", f"{recall['lower_bound']:.4f}")
     if run["truth"] is not None:
         truth = run["truth"]
         table.add_row(f"hit rate by {truth['column']} @1", f"{truth['hit_rate_at_1']:.4f}")
         table.add_row(f"hit rate by {truth['column']} @{truth['k']}", f"{truth['hit_rate_at_k']:.4f}")
+    if run["duplicates"] is not None:
+        groups = run["duplicates"]
+        table.add_row("near-duplicates", f"{groups['grouped']:,} in {groups['groups']:,} groups")
     table.add_row("pairs joined", f"{join['pairs']:,}")
+    if run["graph"] is not None:
+        table.add_row("mutual neighbours", f"{run['graph']['mutual_share']:.1%}")
+        table.add_row("items in no list", f"{run['graph']['unreached_share']:.1%}")
     if run["export"] is not None:
         table.add_row("pairs exported", f"{run['export']['pairs']:,}")
     table.add_section()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index_builder import embeddings, manifests, sampling, sharding, shards, training
+from index_builder import assigned_parts, embeddings, manifests, sampling, sharding, shards, training
 from index_builder.embeddings import EmbeddingSchema
 from index_builder.join import JoinSpec, join_shard
 from index_builder.manifests import Manifest, Part
@@ -68,11 +68,15 @@ def clustered_catalogue(n: int, dim: int, centres: int, seed: int = 0) -> Catalo
     return Catalogue(vectors, scattered_ids(n))
 
 
-def write_embeddings(folder: Path, catalogue: Catalogue, parts: int = 3) -> list[Part]:
+def write_embeddings(
+    folder: Path, catalogue: Catalogue, parts: int = 3, normalize: bool = True
+) -> list[Part]:
     """Writes an embeddings dataset with a few row groups a part, without a manifest."""
     vectors, valid = unit_float16(catalogue.vectors)
-    assert valid.all()
-    schema = EmbeddingSchema(vectors.shape[1], (("brand", "string"), ("size", "int64")))
+    assert valid.all() or not normalize
+    vectors = vectors if normalize else catalogue.vectors.astype(np.float32)
+    columns_beside = (("brand", "string"), ("size", "int64"))
+    schema = EmbeddingSchema(vectors.shape[1], columns_beside, normalize)
     origin = {
         "content_sha256": b"0" * 32,
         "source_shard": "source",
@@ -103,10 +107,11 @@ def build_index(
     request: IndexSpec = IndexSpec(),  # noqa: B008 (frozen)
     parts: int = 3,
     metadata: MetadataTable | None = None,
+    normalize: bool = True,
 ) -> IndexDataset:
     """Builds `folder`/embeddings and `folder`/index, step by step as the pipeline does."""
     source, target = folder / "embeddings", folder / "index"
-    written = write_embeddings(source, catalogue, parts)
+    written = write_embeddings(source, catalogue, parts, normalize)
     spec = request.resolve(len(catalogue), catalogue.vectors.shape[1])
     sample = sampling.read_sample(str(source), written, spec.sample, request.seed)
     trained = training.train_index(spec, sample)
@@ -114,9 +119,10 @@ def build_index(
     assigned = []
     for part in written:
         path = str(target / "_work" / f"assigned-{part.name}.parquet")
-        shards.assign_part(embeddings.read_part(str(source), part), trained, nprobe, path)
+        assigned_parts.assign_part(embeddings.read_part(str(source), part), trained, nprobe, path)
         assigned.append(path)
-    sizes = np.sum([shards.assigned_list_sizes(path, trained.nlist) for path in assigned], axis=0)
+    list_sizes = [assigned_parts.assigned_list_sizes(path, trained.nlist) for path in assigned]
+    sizes = np.sum(list_sizes, axis=0)
     layout = sharding.plan_layout(sizes, spec.shards)
     training.save_trained(str(target / shards.TRAINED_NAME), trained)
     sharding.save_layout(str(target / shards.LAYOUT_NAME), layout)
@@ -128,7 +134,7 @@ def build_index(
         shards.build_shard(str(target), number, layout, trained, assigned, "key", metadata)
         for number in range(layout.shards)
     ]
-    properties = {"nprobe": nprobe, "nlist": trained.nlist}
+    properties = {"nprobe": nprobe, "nlist": trained.nlist, "seed": request.seed}
     manifest = Manifest(shards.KIND, "fingerprint", {}, [], tuple(built), properties)
     manifests.commit(str(target), manifest)
     return shards.open_index(str(target))
@@ -163,12 +169,14 @@ def parquet_bytes(table: pa.Table) -> bytes:
 class BruteForce:
     """The right answer, computed from the catalogue in float64 without the join's own code.
 
-    `scores` float32 [n, n] of every pair of rows of the catalogue, `allowed` bool [n, n].
+    `scores` float32 [n, n] of every pair of rows of the catalogue, `allowed` bool [n, n]; of the
+    candidates that share a value of `item_ids`, a query keeps the best.
     """
 
     image_ids: list[str]
     scores: NDArray[np.float32]
     allowed: NDArray[np.bool_]
+    item_ids: list[str]
 
     def neighbors(self, k: int) -> dict[str, tuple[list[str], list[float]]]:
         """Returns the k best ids and scores by query id: score descending, then id bytes."""
@@ -179,7 +187,10 @@ class BruteForce:
         for row, image_id in enumerate(self.image_ids):
             candidates = np.flatnonzero(self.allowed[row])
             order = np.lexsort((rank[candidates], -self.scores[row, candidates]))
-            best = candidates[order[:k]]
+            ranked = candidates[order]
+            items = [self.item_ids[other] for other in ranked]
+            first = [place for place, item in enumerate(items) if item not in items[:place]]
+            best = ranked[first[:k]]
             found[image_id] = (
                 [self.image_ids[other] for other in best],
                 self.scores[row, best].tolist(),
@@ -216,7 +227,7 @@ def brute_force(
         probed = np.zeros(affinity.shape, dtype=bool)
         np.put_along_axis(probed, nearest[:, :nprobe], True, axis=1)
         allowed &= probed[:, nearest[:, 0]]
-    return BruteForce(catalogue.image_ids, scores, allowed)
+    return BruteForce(catalogue.image_ids, scores, allowed, items.tolist())
 
 
 def found_neighbors(table: pa.Table) -> dict[str, tuple[list[str], list[float]]]:

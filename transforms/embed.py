@@ -42,7 +42,8 @@ class EmbedSpec:
 
     `metadata` holds (column, type) pairs. `batch_size` and `threads` (None: all cores) decide about
     speed and memory; the batch size also about the last bits of a vector. An image that a thread
-    decodes for longer than `timeout_sec` is tried once more in a process of its own.
+    decodes for longer than `timeout_sec` is tried once more in a process of its own. Vectors are
+    stored as float16 of unit length, without `normalize` as the encoder's own float32.
     """
 
     sources: tuple[ImageSource, ...]
@@ -53,12 +54,16 @@ class EmbedSpec:
     batch_size: int = 32
     threads: int | None = None
     timeout_sec: float = 120.0
+    normalize: bool = True
 
     def encoder_fingerprint(self) -> dict[str, object]:
         """Returns what decides whether two vectors can be compared."""
+        # Unit vectors are what there was before there was a choice: their fingerprint stays.
+        lengths = {} if self.normalize else {"normalize": False}
         return {
             **comparable_without_engine(self.encoder, self.preparation),
             **self.choice.fingerprint(),
+            **lengths,
         }
 
     def part_key(self, shard: ImageShard, encoder: dict[str, object]) -> str:
@@ -189,10 +194,10 @@ def embed_shard(
     threads = spec.threads or len(os.sched_getaffinity(0))
     look_ahead = 2 * spec.batch_size + threads
     records = spec.sources[task.shard.source].read(task.shard, dict(spec.metadata))
-    schema = embeddings.EmbeddingSchema(encoder.dim, spec.metadata)
+    schema = embeddings.EmbeddingSchema(encoder.dim, spec.metadata, spec.normalize)
     name = f"{task.part}.parquet"
     previous = None if reuse is None else PreviousVectors(reuse)
-    shard = ShardEncoder(encoder, spec.batch_size, spec.preparation.policy, previous)
+    shard = ShardEncoder(encoder, spec.batch_size, spec.preparation.policy, previous, spec.normalize)
     with (
         contextlib.closing(shard),
         InFlightMarks.open(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from index_builder.embeddings import ROW_GROUP_ROWS
+from index_builder.embeddings import ROW_GROUP_ROWS, vector_dtype
 from index_builder.errors import ImageError
 from transforms.decoding import DecodePolicy
 from transforms.encode import EncodeAhead, Encoded
@@ -65,13 +65,14 @@ class ShardEncoder:
         batch_size: int,
         policy: DecodePolicy,
         previous: PreviousVectors | None,
+        normalize: bool = True,
     ) -> None:
         self.books = ShardBooks()
         self._batch_size = batch_size
         self._policy = policy
         self._previous = previous
-        self._seen = SeenVectors(encoder.dim)
-        self._ahead = EncodeAhead(encoder)
+        self._seen = SeenVectors(encoder.dim, vector_dtype(normalize))
+        self._ahead = EncodeAhead(encoder, normalize)
         self._rows: deque[_Row] = deque()
         self._under_way: dict[bytes, _Row] = {}
         self._pixels: list[NDArray[np.uint8]] = []

@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from index_builder.vectors import unit_float16
 from transforms.encoders.encoder import Encoder
 from transforms.encoders.engines.engine import EncodingError
 
-Encoded = NDArray[np.float16] | ImageError
+Encoded = NDArray[np.floating[Any]] | ImageError
 
 
 class EncodeAhead:
@@ -23,9 +24,10 @@ class EncodeAhead:
     order of submission, and when they come depends on nothing but the number of batches.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, normalize: bool = True) -> None:
         self.calls = 0
         self._encoder = encoder
+        self._normalize = normalize
         self._pool = ThreadPoolExecutor(encoder.streams, thread_name_prefix="encode")
         self._thread = threading.local()
         self._waiting: deque[Future[list[Encoded]]] = deque()
@@ -43,7 +45,8 @@ class EncodeAhead:
         if block is None:
             shape = (self._encoder.batch_size, *self._encoder.input_size, 3)
             block = self._thread.block = np.empty(shape, np.uint8)
-        return encode_batch(self._encoder, np.stack(pixels, out=block[: len(pixels)]))
+        images = np.stack(pixels, out=block[: len(pixels)])
+        return encode_batch(self._encoder, images, self._normalize)
 
     def finish(self) -> Iterator[list[Encoded]]:
         """Yields the results of all batches that are in flight."""
@@ -55,10 +58,12 @@ class EncodeAhead:
         self._pool.shutdown(cancel_futures=True)
 
 
-def encode_batch(encoder: Encoder, pixels: NDArray[np.uint8]) -> list[Encoded]:
+def encode_batch(encoder: Encoder, pixels: NDArray[np.uint8], normalize: bool = True) -> list[Encoded]:
     """Encodes uint8 [b, h, w, 3] to a float16 [dim] of unit length each, or what is wrong with it.
 
-    A batch that the engine refuses is halved until the images at fault are alone.
+    Without `normalize` to the encoder's own float32 [dim], of which only numbers that are not finite
+    are wrong: a zero vector has a length, if no direction. A batch that the engine refuses is halved
+    until the images at fault are alone.
 
     Raises:
         KithError: the engine refuses whatever it is given.
@@ -68,13 +73,20 @@ def encode_batch(encoder: Encoder, pixels: NDArray[np.uint8]) -> list[Encoded]:
     except EncodingError as error:
         if len(pixels) > 1:
             middle = len(pixels) // 2
-            return encode_batch(encoder, pixels[:middle]) + encode_batch(encoder, pixels[middle:])
+            halves = (pixels[:middle], pixels[middle:])
+            return [one for half in halves for one in encode_batch(encoder, half, normalize)]
         _require_working(encoder, error)
         return [ImageError("encoding_failed", f"The encoder refuses the image: {error}")]
-    vectors, valid = unit_float16(raw)
+    if normalize:
+        unit, valid = unit_float16(raw)
+        return [
+            vector if ok else _vector_problem(numbers)
+            for vector, ok, numbers in zip(unit, valid, raw, strict=True)
+        ]
+    # A copy: an engine may use its output's memory again.
+    vectors, finite = np.array(raw, dtype=np.float32), np.isfinite(raw).all(axis=1)
     return [
-        vector if ok else _vector_problem(numbers)
-        for vector, ok, numbers in zip(vectors, valid, raw, strict=True)
+        vector if ok else _vector_problem(vector) for vector, ok in zip(vectors, finite, strict=True)
     ]
 
 

@@ -1,6 +1,7 @@
 """Evaluation: recall on a sample, hits on known right answers, and examples for people."""
 
 import dataclasses
+import functools
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,25 +10,31 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from apache_beam.pvalue import AsSingleton
+from apache_beam.pvalue import AsIter, AsSingleton
 
 from index_builder import embeddings, evaluation, manifests, storage
-from index_builder.evaluation import Recall, TruthHits
-from index_builder.join import JoinSpec
+from index_builder.corpus import Corpus
+from index_builder.evaluation import Measured, TruthHits, in_sample_order, searchable
+from index_builder.exact_search import merge_found
+from index_builder.join import JoinSpec, open_joined
 from index_builder.manifests import Part
-from index_builder.shards import open_index
+from index_builder.metrics import Metric
+from index_builder.query_sample import QuerySample, choose_queries
+from index_builder.recall import Promise
+from index_builder.shards import IndexDataset, open_index
 from transforms.counters import LOCAL_PROGRESS, count, timed
+from transforms.exact_neighbors import FindExactNeighbors, one_table
+from transforms.score_histogram import ScoreHistogram
 
 KIND = "evaluation"
 STAGE = "evaluate"
 # Raised when the same neighbours and configuration give other figures than before.
-REVISION = 1
+REVISION = 2
 PART_NAME = "evaluation"
 FILE_NAME = "evaluation.json"
 
 KINDS = ("best", "typical", "worst")
 _SHOWN_NEIGHBORS = 10
-_HISTOGRAM_BINS = 20
 _MOST_GROUPS_SHOWN = 24
 _SCORE_UNITS = 2**40
 
@@ -36,25 +43,29 @@ _SCORE_UNITS = 2**40
 class EvaluateSpec:
     """What is measured.
 
-    `sample` queries for recall, drawn with `seed`; `truth` names the column whose equal values are
-    right answers, counted among the first `truth_k` neighbours; `group_by` the column that figures
-    and examples are listed by; `examples` of each kind a group; `columns` are shown with them.
+    `promise` is what is certified of the recall, on attempt `attempt`, and by the values of the column
+    `recall_by`; `truth` names the column whose equal values are right answers, counted among the first
+    `truth_k` neighbours; `group_by` the column that figures and examples are listed by; `examples` of
+    each kind a group; `columns` are shown with them. `metric` is that of the index.
     """
 
-    sample: int = 1000
-    seed: int = 0
+    promise: Promise = dataclasses.field(default_factory=Promise)
     truth: str | None = None
     truth_k: int = 10
     group_by: str | None = None
     examples: int = 3
     columns: tuple[str, ...] = ()
+    recall_by: str | None = None
+    attempt: int = 1
+    metric: str = Metric.COSINE.value
 
 
 @dataclasses.dataclass
 class EvaluateNeighbors(beam.PTransform):
     """Measures a neighbours dataset and writes `evaluation.json`.
 
-    Input: the pipeline's root. Output: the one Part of the evaluation dataset.
+    Input: the pipeline's root. Output: the one Part of the evaluation dataset. With `corpus`, the
+    embeddings that the index was made of, recall is also measured in the encoder's own space.
     """
 
     index_folder: str
@@ -64,27 +75,79 @@ class EvaluateNeighbors(beam.PTransform):
     spec: EvaluateSpec
     evaluation_folder: str
     key: str
+    corpus: Corpus | None = None
 
     def expand(self, root: beam.Pipeline) -> beam.PCollection[Part]:
-        """Adds two branches, recall and statistics, and the step that writes both."""
-        recall = root | "Recall" >> beam.Create([self.join]) | "MeasureRecall" >> beam.Map(self._recall)
-        return (
+        """Adds the branches, recall and statistics, and the step that writes all."""
+        summary = (
             root
             | "ListParts" >> beam.Create(self.parts)
             | "SpreadParts" >> beam.Reshuffle()
             | "SummarizePart" >> beam.Map(self._summarize)
             | "Merge" >> beam.CombineGlobally(_Merge(self.spec))
-            | "WriteEvaluation" >> beam.Map(self._write, AsSingleton(recall))
+        )
+        found = root | "FindIndexNeighbors" >> FindExactNeighbors(
+            len(self.parts),
+            self._draw,
+            functools.partial(choose_queries, sample=self._sample()),
+            self._search,
+            functools.partial(merge_found, k=self.join.k, rules=self.join.rules),
+            AsIter(root | "NothingBefore" >> beam.Create([])),
+        )
+        measured = found.queries | "CompareWithJoin" >> beam.Map(
+            self._compare, AsSingleton(found.neighbors)
+        )
+        encoder = root | "NoEncoderSpace" >> beam.Create([(None, 0)])
+        if self.corpus is not None:
+            space = root | "FindEncoderNeighbors" >> FindExactNeighbors(
+                len(self.corpus.parts),
+                self._read_encoder,
+                in_sample_order,
+                self._search_encoder,
+                functools.partial(
+                    merge_found, k=self.join.k, rules=searchable(self.corpus, self.join.rules)
+                ),
+                AsSingleton(found.queries),
+            )
+            encoder = measured | "CompareWithEncoder" >> beam.Map(
+                _encoder_recall, AsIter(space.queries), AsIter(space.neighbors)
+            )
+        return summary | "WriteEvaluation" >> beam.Map(
+            self._write, AsSingleton(measured), AsSingleton(encoder)
         )
 
-    def _recall(self, join: JoinSpec) -> Recall:
+    def _index(self) -> IndexDataset:
+        return open_joined(self.index_folder, self.join)
+
+    def _sample(self) -> QuerySample:
+        index = open_index(self.index_folder)
+        return evaluation.certificate_sample(index, self.spec.promise, self.spec.attempt)
+
+    def _draw(self, number: int, after: Any) -> pa.Table:
         with timed(STAGE):
-            index = open_index(self.index_folder)
-            recall = evaluation.measure_recall(
-                index, self.neighbors_folder, self.parts, join, self.spec.sample, self.spec.seed
+            return evaluation.draw_queries(
+                self._index(), number, self.join, self._sample(), self.spec.recall_by
             )
-        count(STAGE, "recall_queries", recall.queries)
-        return recall
+
+    def _search(self, number: int, queries: pa.Table, after: Any) -> pa.Table:
+        with timed(STAGE):
+            return evaluation.search_exactly(self._index(), number, queries, self.join)
+
+    def _compare(self, queries: pa.Table, exact: pa.Table) -> Measured:
+        count(STAGE, "recall_queries", len(queries))
+        with timed(STAGE):
+            return evaluation.compare_with_join(queries, exact, self.neighbors_folder, self.parts)
+
+    def _read_encoder(self, number: int, sample: pa.Table) -> pa.Table:
+        assert self.corpus is not None
+        with timed(STAGE):
+            return evaluation.read_encoder_queries(self.corpus, number, sample, self.join)
+
+    def _search_encoder(self, number: int, queries: pa.Table, after: Any) -> pa.Table:
+        assert self.corpus is not None
+        transform = open_index(self.index_folder).trained.transform
+        with timed(STAGE):
+            return evaluation.search_encoder_space(self.corpus, number, queries, self.join, transform)
 
     def _summarize(self, part: Part) -> "Summary":
         with timed(STAGE):
@@ -95,13 +158,31 @@ class EvaluateNeighbors(beam.PTransform):
         LOCAL_PROGRESS.add(part.rows)
         return summary
 
-    def _write(self, summary: "Summary", recall: Recall) -> Part:
-        document = summary.document(self.spec) | {"recall": dataclasses.asdict(recall)}
+    def _write(self, summary: "Summary", measured: Measured, encoder: tuple[float | None, int]) -> Part:
+        spec = self.spec
+        certificate = evaluation.certify(
+            measured,
+            open_index(self.index_folder),
+            self.join.k,
+            spec.promise,
+            spec.attempt,
+            spec.recall_by,
+            None if spec.recall_by is None else summary.values,
+            encoder,
+        )
+        document = summary.document(spec) | {"recall": certificate.to_json()}
         storage.write_json(storage.join(self.evaluation_folder, FILE_NAME), document)
         file = manifests.describe_file(self.evaluation_folder, FILE_NAME)
         part = Part(PART_NAME, self.key, 1, (file,))
         manifests.mark_part(self.evaluation_folder, part)
         return part
+
+
+def _encoder_recall(
+    measured: Measured, queries: Iterable[pa.Table], exact: Iterable[pa.Table]
+) -> tuple[float | None, int]:
+    table = one_table(queries)
+    return evaluation.encoder_recall(table, one_table(exact), measured), len(table)
 
 
 @dataclasses.dataclass
@@ -133,14 +214,16 @@ class Summary:
     def __init__(self) -> None:
         self.groups: dict[str | None, GroupFigures] = {}
         self.truths: Counter[tuple[str | None, Any]] = Counter()
-        self.histogram = np.zeros(_HISTOGRAM_BINS, dtype=np.int64)
+        self.values: Counter[str | None] = Counter()
+        self.histogram = ScoreHistogram()
         self.examples: dict[tuple[str | None, str], list[tuple[Any, dict[str, Any]]]] = {}
 
     def add(self, block: pa.Table, spec: EvaluateSpec) -> None:
         """Adds a block of the neighbours dataset."""
+        if spec.recall_by is not None:
+            self.values.update(block[f"query_{spec.recall_by}"].cast(pa.string()).to_pylist())
         tops = np.array([s[0] if s else np.nan for s in block["scores"].to_pylist()])
-        bins = np.clip(tops[~np.isnan(tops)] * _HISTOGRAM_BINS, 0, _HISTOGRAM_BINS - 1)
-        self.histogram += np.bincount(bins.astype(int), minlength=_HISTOGRAM_BINS)
+        self.histogram.add(tops[~np.isnan(tops)], Metric(spec.metric))
         ranks = np.zeros(len(block), dtype=np.int64)
         truths: list[Any] = [None] * len(block)
         if spec.truth is not None:
@@ -171,7 +254,8 @@ class Summary:
         for group, figures in other.groups.items():
             self.groups.setdefault(group, GroupFigures()).merge(figures)
         self.truths.update(other.truths)
-        self.histogram += other.histogram
+        self.values.update(other.values)
+        self.histogram.merge(other.histogram)
         for place, examples in other.examples.items():
             self._keep(place, examples, most)
 
@@ -197,10 +281,7 @@ class Summary:
             "groups": [
                 _group_document(name, self.groups[name], answerable[name], spec) for name in shown
             ],
-            "scores": {
-                "edges": [round(i / _HISTOGRAM_BINS, 6) for i in range(_HISTOGRAM_BINS + 1)],
-                "counts": [int(number) for number in self.histogram],
-            },
+            "scores": self.histogram.document(Metric(spec.metric)),
             "examples": [
                 example
                 for name in shown

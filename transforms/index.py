@@ -1,62 +1,33 @@
-"""Building the index: train once, assign part by part, plan the layout, write shard by shard.
+"""Building the index: check, train once, assign by part, plan the layout, write shard by shard.
 
-Between the steps only small descriptors travel. Vectors move through scratch files in the index's
-`_work` folder, sorted by list, of which each shard reads the lists that it owns.
+The steps are those of `index_builder.building`. Between them only small descriptors travel. Vectors
+move through scratch files in the index's `_work` folder, sorted by list, of which each shard reads the
+lists that it owns.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import apache_beam as beam
 import numpy as np
+import pyarrow as pa
 from apache_beam.pvalue import AsIter, AsSingleton
 from apache_beam.utils.shared import Shared
 from numpy.typing import NDArray
 
-from index_builder import embeddings, manifests, shards, storage
-from index_builder.fingerprints import fingerprint
+from index_builder import building, calibration
+from index_builder.building import REVISION, BuildSpec
+from index_builder.corpus_check import PartFindings
 from index_builder.manifests import Part
-from index_builder.metadata_table import count_used
-from index_builder.sampling import read_sample
-from index_builder.sharding import load_layout, plan_layout, save_layout
-from index_builder.spec import ResolvedSpec
-from index_builder.table_files import MetadataTable
-from index_builder.training import TrainedIndex, load_trained, save_trained, train_index
+from index_builder.query_sample import choose_queries
+from index_builder.training import TrainedIndex, load_trained
 from transforms.counters import LOCAL_PROGRESS, count, timed
+from transforms.exact_neighbors import FindExactNeighbors, one_table
+
+__all__ = ["REVISION", "STAGE", "BuildIndex", "BuildSpec"]
 
 STAGE = "build"
-# Raised when the same embeddings and configuration give other bytes than before.
-REVISION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildSpec:
-    """What is indexed, how, and where the index goes; travels to the workers.
-
-    `key` is the fingerprint of the index that is being made; `metadata` the table whose columns it
-    gets beside those of the images.
-    """
-
-    embeddings_folder: str
-    embeddings_parts: tuple[Part, ...]
-    index: ResolvedSpec
-    index_folder: str
-    key: str
-    metadata: MetadataTable | None = None
-
-    def work_path(self, name: str) -> str:
-        """Returns the path of a scratch file."""
-        return storage.join(self.index_folder, manifests.WORK_FOLDER, name)
-
-    def assigned_path(self, number: int) -> str:
-        """Returns the path of the scratch file of one part of the embeddings."""
-        return self.work_path(f"assigned-{number:05d}-{self.key[:16]}.parquet")
-
-    @property
-    def trained_path(self) -> str:
-        """The path of the trained transform and quantizer."""
-        return storage.join(self.index_folder, shards.TRAINED_NAME)
 
 
 @dataclasses.dataclass
@@ -70,15 +41,29 @@ class BuildIndex(beam.PTransform):
     spec: BuildSpec
 
     def expand(self, root: beam.Pipeline) -> beam.PCollection[Part]:
-        """Adds: train, assign, plan, build."""
+        """Adds: check, train, assign, plan, build."""
         shared = Shared()
         numbers = range(len(self.spec.embeddings_parts))
-        trained = root | "OneTask" >> beam.Create([self.spec]) | "Train" >> beam.Map(_train)
+        findings = (
+            root
+            | "ListCorpus" >> beam.Create(numbers)
+            | "SpreadCorpus" >> beam.Reshuffle()
+            | "CheckPart" >> beam.Map(_check, self.spec)
+        )
+        trained = (
+            root
+            | "OneTask" >> beam.Create([self.spec])
+            | "JudgeCorpus" >> beam.Map(_judge, AsIter(findings))
+            | "Train" >> beam.Map(_train)
+        )
+        ready = trained
+        if self.spec.calibration is not None and self.spec.retry is None:
+            ready = trained | "CalibrateNprobe" >> _CalibrateNprobe(self.spec, shared)
         sizes = (
             root
             | "ListParts" >> beam.Create(numbers)
             | "SpreadParts" >> beam.Reshuffle()
-            | "AssignPart" >> beam.ParDo(_AssignPart(self.spec, shared), AsSingleton(trained))
+            | "AssignPart" >> beam.ParDo(_AssignPart(self.spec, shared), AsSingleton(ready))
             | "SumListSizes" >> beam.CombineGlobally(_sum_list_sizes).without_defaults()
         )
         plans = sizes | "PlanLayout" >> beam.FlatMap(_plan, self.spec)
@@ -87,31 +72,26 @@ class BuildIndex(beam.PTransform):
             | "SpreadShards" >> beam.Reshuffle()
             | "BuildShard" >> beam.ParDo(_BuildShard(self.spec, shared))
         )
-        finished = sizes | "DescribeShared" >> beam.Map(_describe_shared, self.spec, AsIter(built))
+        finished = sizes | "DescribeShared" >> beam.Map(
+            building.describe_shared, self.spec, AsIter(built)
+        )
         return (built, finished) | "AllParts" >> beam.Flatten()
 
 
+def _check(number: int, spec: BuildSpec) -> PartFindings | None:
+    with timed(STAGE):
+        return building.check(spec, number, functools.partial(count, STAGE))
+
+
+def _judge(spec: BuildSpec, findings: Iterable[PartFindings | None]) -> BuildSpec:
+    """Refuses a corpus that cannot be indexed, before anything is made of it."""
+    building.judge(spec, findings)
+    return spec
+
+
 def _train(spec: BuildSpec) -> str:
-    """Trains unless an earlier attempt did; returns the path of the result."""
-    name = "trained"
-    if manifests.finished_part(spec.index_folder, name, spec.key) is None:
-        with timed(STAGE):
-            sample = read_sample(
-                spec.embeddings_folder,
-                spec.embeddings_parts,
-                spec.index.sample,
-                spec.index.request.seed,
-            )
-            save_trained(spec.trained_path, train_index(spec.index, sample))
-            count(STAGE, "training_vectors", len(sample))
-        file = manifests.describe_file(spec.index_folder, shards.TRAINED_NAME)
-        manifests.mark_part(spec.index_folder, Part(name, spec.key, 0, (file,)))
-    return spec.trained_path
-
-
-def effective_nprobe(spec: ResolvedSpec, trained: TrainedIndex) -> int:
-    """Returns nprobe, no more than the lists that training left."""
-    return min(spec.nprobe, trained.nlist)
+    with timed(STAGE):
+        return building.train(spec, functools.partial(count, STAGE))
 
 
 class _WithTrained(beam.DoFn):
@@ -127,17 +107,71 @@ class _WithTrained(beam.DoFn):
         return trained
 
 
+@dataclasses.dataclass
+class _CalibrateNprobe(beam.PTransform):
+    """Chooses nprobe on a sample of the corpus's own queries, unless an earlier attempt did.
+
+    Input and output: the path of what was trained. No vector but those of the sample travels.
+    """
+
+    spec: BuildSpec
+    shared: Shared
+
+    def expand(self, trained: beam.PCollection[str]) -> beam.PCollection[str]:
+        """Adds: draw the sample, find its exact neighbours, choose."""
+        spec = self.spec
+        assert spec.calibration is not None, "added only where nprobe is calibrated"
+        found = trained.pipeline | "FindExactNeighbors" >> FindExactNeighbors(
+            len(spec.embeddings_parts),
+            functools.partial(_draw_queries, spec),
+            functools.partial(choose_queries, sample=spec.calibration_sample),
+            _SearchPart(spec, self.shared),
+            functools.partial(calibration.merge_found, corpus=spec.corpus, spec=spec.calibration),
+            AsSingleton(trained),
+        )
+        choose = beam.ParDo(
+            _ChooseNprobe(spec, self.shared), AsIter(found.queries), AsIter(found.neighbors)
+        )
+        return trained | "ChooseNprobe" >> choose
+
+
+def _draw_queries(spec: BuildSpec, number: int, trained_path: str) -> pa.Table | None:
+    if not building.calibrates(spec):
+        return None
+    with timed(STAGE):
+        return building.draw_queries(spec, number)
+
+
+class _SearchPart(_WithTrained):
+    """Finds the exact neighbours of the sample in one part of the embeddings."""
+
+    def __call__(self, number: int, queries: pa.Table, trained_path: str) -> pa.Table:
+        trained = self.trained()
+        with timed(STAGE):
+            found = building.search_part(self._spec, number, queries, trained)
+        count(STAGE, "vectors_searched", self._spec.embeddings_parts[number].rows)
+        return found
+
+
+class _ChooseNprobe(_WithTrained):
+    def process(
+        self, trained_path: str, queries: Iterable[pa.Table], found: Iterable[pa.Table]
+    ) -> Iterator[str]:
+        """Passes the path on once nprobe is settled."""
+        if building.calibrates(self._spec):
+            trained = self.trained()
+            with timed(STAGE):
+                building.choose_nprobe(self._spec, one_table(queries), one_table(found), trained)
+        yield trained_path
+
+
 class _AssignPart(_WithTrained):
     def process(self, number: int, trained_path: str) -> Iterator[NDArray[np.int64]]:
         """Yields the list sizes of one part; the side input makes it wait for training."""
-        spec, trained = self._spec, self.trained()
-        part, path = spec.embeddings_parts[number], spec.assigned_path(number)
-        if not storage.exists(path):
-            with timed(STAGE):
-                blocks = embeddings.read_part(spec.embeddings_folder, part)
-                shards.assign_part(blocks, trained, effective_nprobe(spec.index, trained), path)
-                count(STAGE, "vectors_in", part.rows)
-        yield shards.assigned_list_sizes(path, trained.nlist)
+        trained = self.trained()
+        with timed(STAGE):
+            sizes = building.assign(self._spec, number, trained, functools.partial(count, STAGE))
+        yield sizes
 
 
 def _sum_list_sizes(blocks: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -147,81 +181,14 @@ def _sum_list_sizes(blocks: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 def _plan(list_sizes: NDArray[np.int64], spec: BuildSpec) -> Iterator[int]:
     """Writes the layout and yields the numbers of the shards."""
-    layout = plan_layout(list_sizes, spec.index.shards)
-    if manifests.finished_part(spec.index_folder, shards.SHARED_PART, spec.key) is None:
-        save_layout(storage.join(spec.index_folder, shards.LAYOUT_NAME), layout)
-    yield from range(layout.shards)
+    yield from range(building.plan(spec, list_sizes).shards)
 
 
 class _BuildShard(_WithTrained):
     def process(self, shard: int) -> Iterator[Part]:
-        """Yields the shard's part, writing its files unless an earlier attempt did."""
-        spec = self._spec
-        layout = load_layout(storage.join(spec.index_folder, shards.LAYOUT_NAME))
-        key = fingerprint({"index": spec.key, "rows": layout.shard_rows(shard)})
-        part = manifests.finished_part(spec.index_folder, f"shard-{shard:05d}", key)
-        if part is None:
-            with timed(STAGE):
-                paths = [spec.assigned_path(i) for i in range(len(spec.embeddings_parts))]
-                part = shards.build_shard(
-                    spec.index_folder, shard, layout, self.trained(), paths, key, spec.metadata
-                )
-            manifests.mark_part(spec.index_folder, part)
-            count(STAGE, "vectors_out", part.rows)
-            count(STAGE, "bytes_out", sum(file.bytes for file in part.files))
-            if spec.metadata is not None:
-                for name in ("metadata_matched", "metadata_unmatched"):
-                    count(STAGE, name, part.properties[name])
+        """Yields the shard's part."""
+        trained = self.trained()
+        with timed(STAGE):
+            part = building.build(self._spec, shard, trained, functools.partial(count, STAGE))
         LOCAL_PROGRESS.add(part.rows)
         yield part
-
-
-def _describe_shared(list_sizes: NDArray[np.int64], spec: BuildSpec, built: Iterable[Part]) -> Part:
-    """Returns the part of what all shards share, once all shards are built."""
-    trained = load_trained(spec.trained_path)
-    files = tuple(
-        manifests.describe_file(spec.index_folder, name)
-        for name in (shards.TRAINED_NAME, shards.LAYOUT_NAME)
-    )
-    built = list(built)
-    rows = [part.rows for part in built]
-    properties: dict[str, Any] = {
-        "nlist": trained.nlist,
-        "nprobe": effective_nprobe(spec.index, trained),
-        "dim": trained.dim,
-        "shards": len(rows),
-        "empty_lists": int((list_sizes == 0).sum()),
-        # Sum of squares over the even split: 1 when all lists are equal (FAISS's imbalance factor).
-        "imbalance": round(
-            float(trained.nlist * np.square(list_sizes, dtype=np.float64).sum())
-            / float(list_sizes.sum()) ** 2,
-            6,
-        ),
-        "largest_shard_over_mean": round(max(rows) * len(rows) / sum(rows), 6),
-    }
-    if spec.metadata is not None:
-        properties["metadata"] = _describe_metadata(spec, built)
-    part = Part(shards.SHARED_PART, spec.key, 0, files, properties)
-    manifests.mark_part(spec.index_folder, part)
-    return part
-
-
-def _describe_metadata(spec: BuildSpec, built: list[Part]) -> dict[str, int]:
-    """Returns the figures of the join with the metadata table: of the index, then of the table.
-
-    An item's images may be in several shards, so the table's rows that were used are a union.
-    """
-    used: list[NDArray[np.int64]] = []
-    table_rows = 0
-    for part in built:
-        path = shards.table_rows_path(spec.index_folder, part.name, part.key)
-        with storage.open_binary(path) as file:
-            taken = np.load(file)
-            used.append(taken["used"])
-            table_rows = int(taken["table_rows"])
-    return {
-        "matched": sum(part.properties["metadata_matched"] for part in built),
-        "unmatched": sum(part.properties["metadata_unmatched"] for part in built),
-        "table_rows": table_rows,
-        "ignored": table_rows - count_used(used, table_rows),
-    }

@@ -1,6 +1,7 @@
 """Writing the rows of one part of the embeddings dataset, in row groups of a fixed size."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,8 +22,8 @@ class PartSink:
         self.rows = 0
         self._schema = schema
         self._writer = writer
-        self._vectors: NDArray[np.float16] = np.empty(
-            (embeddings.ROW_GROUP_ROWS, schema.dim), np.float16
+        self._vectors: NDArray[np.floating[Any]] = np.empty(
+            (embeddings.ROW_GROUP_ROWS, schema.dim), schema.dtype
         )
         self._images: list[tuple[ImageRecord, bytes, FoundVector]] = []
 

@@ -33,9 +33,12 @@ class ReuseSpec:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FoundVector:
-    """A vector, float16 [dim] of unit length, and what is known of the picture that it is of."""
+    """A vector [dim], of the dataset's type, and what is known of the picture that it is of.
 
-    vector: NDArray[np.float16]
+    It is float16 of unit length, or the encoder's own float32.
+    """
+
+    vector: NDArray[np.floating[Any]]
     width: int
     height: int
     format: str
@@ -123,11 +126,13 @@ class PreviousVectors:
 class SeenVectors:
     """The vectors that were encoded for this shard so far, in a temporary file, by content.
 
-    Memory: about 200 bytes a picture. `has` may be called from any thread.
+    All have `dim` numbers of the type `dtype`. Memory: about 200 bytes a picture. `has` may be called
+    from any thread.
     """
 
-    def __init__(self, dim: int) -> None:
-        self._bytes = 2 * dim
+    def __init__(self, dim: int, dtype: type[np.floating[Any]]) -> None:
+        self._dtype = np.dtype(dtype)
+        self._bytes = self._dtype.itemsize * dim
         self._found: dict[bytes, tuple[int, int, int, str]] = {}
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
 
@@ -137,6 +142,7 @@ class SeenVectors:
 
     def add(self, digest: bytes, found: FoundVector) -> None:
         """Keeps the vector of a picture."""
+        assert found.vector.nbytes == self._bytes, (found.vector.shape, found.vector.dtype)
         os.write(self._file.fileno(), found.vector.tobytes())
         self._found[digest] = (len(self._found), found.width, found.height, found.format)
 
@@ -144,7 +150,7 @@ class SeenVectors:
         """Returns the vector of a picture that `has` found."""
         number, width, height, name = self._found[digest]
         data = os.pread(self._file.fileno(), self._bytes, number * self._bytes)
-        return FoundVector(np.frombuffer(data, np.float16), width, height, name)
+        return FoundVector(np.frombuffer(data, self._dtype), width, height, name)
 
     def close(self) -> None:
         """Removes the file."""

@@ -134,6 +134,9 @@ def render_page(
         recall_scale=_recall_scale(recall),
         images=images,
         stages=_stage_bars(run),
+        certificate=_certificate(run, recall),
+        recall_values=(recall or {}).get("values") or (),
+        recall_by=(recall or {}).get("by"),
         histogram=_histogram(_section(evaluation, "scores")),
         groups=evaluation.get("groups") or (),
         group_by=evaluation.get("group_by"),
@@ -203,7 +206,8 @@ def _tiles(
     if recall is not None:
         minimum = recall.get("minimum")
         against = "no minimum set" if minimum is None else f"minimum {figures.percent(minimum)}"
-        note = f"at least {figures.percent(recall.get('lower_bound'))} (95% bound), {against}"
+        sure = f"{100 * (recall.get('confidence') or 0.95):g}% bound"
+        note = f"at least {figures.percent(recall.get('lower_bound'))} ({sure}), {against}"
         tiles.append(
             _Tile(
                 f"Recall @{figures.count(recall.get('k'))}",
@@ -245,6 +249,34 @@ def _index_size(run: Mapping[str, Any]) -> str:
         return ""
     shards = figures.counted(index.get("shards"), "index shard", "index shards")
     return f"{shards}, {figures.counted(index.get('nlist'), 'list', 'lists')}"
+
+
+def _certificate(run: Mapping[str, Any], recall: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The recall certificate as lines of (what, figure); none for a run without one."""
+    if recall is None or recall.get("confidence") is None:
+        return []
+    target = figures.percent(recall["target"]) if recall.get("target") else "none set"
+    lists = f"{figures.count(recall.get('nprobe'))} of {figures.count(recall.get('nlist'))}"
+    asked = f"{figures.count(recall.get('queries'))} of {figures.count(recall.get('rows'))}"
+    lines = [
+        ("Target", target),
+        (f"Recall @{figures.count(recall.get('k'))}", figures.percent(recall.get("estimate"))),
+        (f"At least ({100 * recall['confidence']:g}%)", figures.percent(recall.get("lower_bound"))),
+        ("Queries measured", asked),
+        ("Lists searched", lists),
+        ("Seed", str(recall.get("seed"))),
+    ]
+    if recall.get("encoder_recall") is not None:
+        number = figures.counted(recall.get("encoder_queries"), "query", "queries")
+        lines.append((f"In the encoder's space ({number})", figures.percent(recall["encoder_recall"])))
+    tried = run.get("attempts") or ()
+    if len(tried) > 1:
+        steps = ", ".join(
+            f"{figures.percent(one.get('lower_bound'))} with {figures.count(one.get('nprobe'))}"
+            for one in tried
+        )
+        lines.append(("Attempts, at least", steps))
+    return lines
 
 
 def _recall_tone(recall: Mapping[str, Any]) -> str:
@@ -356,7 +388,11 @@ def _provenance(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
     for name in ("encoder", "index", "join", "recall", "fingerprints", "versions"):
         section = _section(run, name)
         if section:
-            sections.append((name.capitalize(), section))
+            # Lists of figures have a table of their own.
+            plain = {
+                key: value for key, value in section.items() if (name, key) != ("recall", "values")
+            }
+            sections.append((name.capitalize(), plain))
     return [(title, list(_facts(section))) for title, section in sections]
 
 

@@ -58,18 +58,18 @@ class Shop:
         return dict(zip(table["image_id"].to_pylist(), table["item_id"].to_pylist(), strict=True))
 
     def assert_recommends(self, rows: dict[str, Row]) -> None:
-        """Every image has all images of other items of its brand, with the values of the table."""
+        """Every image has one image of each other item of its brand, with the values of the table."""
         items = self.item_of()
         brands = {image: rows.get(item, (None, None, None))[2] for image, item in items.items()}
         found = self.found()
         assert found.keys() == items.keys()
         for query, neighbors in found.items():
             wanted = {
-                image
+                item
                 for image, item in items.items()
                 if brands[query] is not None and brands[image] == brands[query] and item != items[query]
             }
-            assert {neighbor["id"] for neighbor in neighbors} == wanted
+            assert sorted(items[neighbor["id"]] for neighbor in neighbors) == sorted(wanted)
             for neighbor in neighbors:
                 row = (neighbor["stock"], neighbor["price"], neighbor["brand"])
                 assert row == rows[items[neighbor["id"]]]

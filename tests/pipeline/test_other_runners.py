@@ -65,8 +65,9 @@ def test_embedding_is_one_fused_step(catalogue: Path, tmp_path: Path) -> None:
 
 def test_joining_is_one_fused_step(tmp_path: Path) -> None:
     from index_builder.join import JoinSpec
+    from index_builder.joining import JoinTask
 
-    graph = join_neighbors.JoinConfig("index", (0, 1), JoinSpec(3), "neighbors", "key")
+    graph = join_neighbors.JoinConfig((0, 1), JoinTask("index", JoinSpec(3), "neighbors", "key"))
     stages = fused_stages(lambda root: join_neighbors.define_pipeline(root, graph))
     assert len([s for s in stages if any(n.endswith("JoinShard") for n in s)]) == 1
 

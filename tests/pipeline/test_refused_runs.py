@@ -144,6 +144,7 @@ def test_a_changed_byte_ends_a_stage_with_status_1(
     assert message.startswith(f"{damaged} does not match its checksum: got sha256 ")
     assert "delete it and run the stage again" in message
     # And `check --data` finds the same without running anything.
+    shutil.rmtree(snapshot.folder(rerun), ignore_errors=True)
     shutil.copytree(finished / snapshot.pointer["datasets"][rerun], snapshot.folder(rerun))
     with pytest.raises(DatasetError, match=f"{damaged.name} does not match its checksum"):
         check_everything(load(config), data=True)

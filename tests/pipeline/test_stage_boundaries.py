@@ -10,9 +10,11 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner, execution
 
 from index_builder import storage
+from index_builder.joining import JoinTask
 from index_builder.manifests import WORK_FOLDER
+from index_builder.queries import QueriesSpec
 from index_builder.shards import open_index
-from pipelines import build_index, embed_images, export_neighbors, join_neighbors
+from pipelines import build_index, embed_images, export_neighbors, join_neighbors, join_queries
 from pipelines.build_index import IdCheck
 from pipelines.embed_plan import EmbedPlan, plan_embedding
 from pipelines.runners import RunnerSpec, describe_pipeline, run_pipeline
@@ -136,6 +138,19 @@ def test_building_moves_list_sizes_and_no_vectors(
     assert stages_with(stages, "AssignPart") != stages_with(stages, "BuildShard")
 
 
+def test_making_queries_moves_list_sizes_and_no_vectors(
+    finished: Path, tmp_path: Path, boundary: list[int]
+) -> None:
+    snapshot = Published(finished)
+    folder, source = str(snapshot.folder("embeddings")), snapshot.manifest("embeddings")
+    index = str(snapshot.folder("index"))
+    graph = QueriesSpec(folder, source.parts, index, 2, str(tmp_path / "queries"), "k" * 64)
+    counters = run_pipeline(lambda root: join_queries.define_pipeline(root, graph), RunnerSpec())
+    assert counters["queries.vectors_in"] == counters["queries.queries"] == source.rows
+    vector_bytes = source.rows * open_index(index).trained.dim * 2
+    assert 0 < max(boundary) < min(vector_bytes / 2, 4 * DESCRIPTOR_BYTES)
+
+
 def test_the_id_check_moves_ids_alone(finished: Path, tmp_path: Path, boundary: list[int]) -> None:
     snapshot = Published(finished)
     folder, source = str(snapshot.folder("embeddings")), snapshot.manifest("embeddings")
@@ -153,27 +168,33 @@ def test_joining_and_exporting_move_descriptors(
     config = load(write_config(tmp_path / "c.yaml", catalogue, tmp_path / "w"))
     index = open_index(str(snapshot.folder("index")))
     join = join_neighbors.JoinConfig(
-        index.folder, tuple(range(index.layout.shards)), config.join_spec(), str(tmp_path / "n"), "key"
+        tuple(range(index.layout.shards)),
+        JoinTask(index.folder, config.join_spec(), str(tmp_path / "n"), "key"),
     )
     parts = snapshot.manifest("neighbors").parts
     export = export_neighbors.ExportConfig(
         str(snapshot.folder("neighbors")), parts, config.export_spec(), str(tmp_path / "e"), "key"
     )
-    graphs: list[tuple[str, Define, str, int]] = [
-        ("JoinShard", lambda root: join_neighbors.define_pipeline(root, join), "join.pairs_out", 345),
-        ("ExportPart", lambda root: export_neighbors.define_pipeline(root, export),
+    graphs: list[tuple[tuple[str, ...], Define, str, int]] = [
+        (("JoinShard", "WidenShard"), lambda root: join_neighbors.define_pipeline(root, join),
+         "join.pairs_out", 345),
+        (("ExportPart",), lambda root: export_neighbors.define_pipeline(root, export),
          "export.pairs_out", 345),
     ]  # fmt: skip
-    for label, define, counter, pairs in graphs:
+    for labels, define, counter, pairs in graphs:
         boundary.clear()
         assert run_pipeline(define, RunnerSpec())[counter] == pairs
         assert 0 < max(boundary) < DESCRIPTOR_BYTES * len(parts)
         stages = fused_stages(define)
-        working = stages_with(stages, label)
-        assert len(working) == 1
-        assert stages.index(working[0]) == len(stages) - 1
-        for stage in stages[:-1]:
-            assert all("/List" in f"/{name}" or "/Spread" in f"/{name}" for name in stage), stage
+        # Every step of work is a stage of its own, so that it is spread over the workers.
+        working = [stages_with(stages, label) for label in labels]
+        assert all(len(found) == 1 for found in working)
+        places = [stages.index(found[0]) for found in working]
+        assert places == sorted(set(places))
+        assert places[-1] == len(stages) - 1
+        for stage in stages:
+            steps = [name for name in stage if not ("/List" in f"/{name}" or "/Spread" in f"/{name}")]
+            assert len(steps) == any(label in name for name in stage for label in labels), stage
 
 
 def test_the_recording_sees_what_crosses_a_boundary(boundary: list[int]) -> None:

@@ -15,7 +15,10 @@ from pipelines.publish import publish
 from tests.unit.images_for_tests import encode, picture
 from tests.unit.records_for_tests import example, write_records
 
-COMMANDS = ["nightly", "embed", "build", "join", "export", "evaluate", "search", "report", "check"]
+COMMANDS = [
+    "nightly", "embed", "build", "groups", "join", "graph", "export", "evaluate", "search", "report",
+    "check",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from index_builder.conditions import Condition
 from index_builder.errors import ConfigError
+from index_builder.exclusions import ExclusionSpec
+from index_builder.graph import GraphSpec
 from index_builder.join import JoinSpec
+from index_builder.metrics import Metric
+from index_builder.pairs import PairSpec
 from index_builder.rules import JoinRules
 from pipelines.config import Config
 from pipelines.config_loading import load_config
 from transforms.decoding import DecodePolicy
 from transforms.encoders.engines.choice import EngineChoice
 from transforms.encoders.registry import encoder_names
+from transforms.item_rows import ItemRows
 from transforms.sources.files import FilesSource
 from transforms.sources.tfrecord import TFRecordSource
 
@@ -66,6 +72,7 @@ def test_what_is_left_out_has_its_documented_default(tmp_path: Path) -> None:
         },
         "embeddings": {
             "reuse": True,
+            "normalize": True,
             "max_failed_fraction": 1.0,
             "max_failed_fraction_per_shard": 1.0,
             "resource_hints": {},
@@ -80,17 +87,46 @@ def test_what_is_left_out_has_its_documented_default(tmp_path: Path) -> None:
             "seed": 0,
             "memory_limit_gib": 8.0,
         },
-        "join": {"k": 20, "rules": {"same": (), "different": ()}, "threads": None},
+        "join": {
+            "k": 20,
+            "rules": {
+                "same": (),
+                "different": (),
+                "queries": (),
+                "candidates": (),
+                "max_per": {},
+                "exclude": {
+                    "paths": (),
+                    "by": "image_id",
+                    "query_column": "query_id",
+                    "neighbor_column": "neighbor_id",
+                    "symmetric": False,
+                    "unknown_ids": "error",
+                },
+            },
+            "max_probe": None,
+            "evidence": (),
+            "threads": None,
+        },
         "evaluate": {
             "sample": 1000,
             "seed": 1,
             "min_recall": 0.0,
+            "max_attempts": 3,
+            "recall_by": None,
             "truth": None,
             "truth_k": 10,
             "group_by": None,
             "examples": 3,
         },
-        "export": {"formats": ("parquet", "jsonl"), "columns": (), "min_score": None},
+        "export": {
+            "formats": ("parquet", "jsonl"),
+            "columns": (),
+            "min_score": None,
+            "by": "image",
+        },
+        "duplicates": {"threshold": None, "nprobe": None},
+        "graph": {"enabled": False, "max_reverse": 100},
         "nightly": {"publish": True, "report": True},
     }
 
@@ -146,17 +182,34 @@ images:
   decode_timeout_sec: 9.5
 encoder: {name: resnet50, weights: random, pooling: max, input_size: [64, 96], resize: pad,
           interpolation: area, seed: 3, batch_size: 7, decode_threads: 2}
-index: {transform: {type: pca, dim: 12, whitening: full}, nlist: 9, nprobe: 3, shards: 2,
-        training_rows: 100, seed: 5}
-join: {k: 4, rules: {same: [kind], different: [brand]}, threads: 1}
-evaluate: {sample: 10, seed: 6, truth: kind, truth_k: 9, group_by: brand, examples: 1}
-export: {formats: [jsonl], columns: [price, kind], min_score: 0.25}
+embeddings: {normalize: false}
+index: {metric: euclidean, transform: {type: pca, dim: 12, whitening: full}, nlist: 9, nprobe: 3,
+        shards: 2, training_rows: 100, seed: 5}
+join:
+  k: 4
+  rules:
+    same: [kind]
+    different: [brand]
+    queries: [{column: price, is_null: false}]
+    candidates: [{column: brand, in: [a, b]}, {column: price, at_least: 2, at_most: 9.5}]
+    max_per: {kind: 3}
+    exclude: {paths: pairs.parquet, by: item_id, query_column: a, neighbor_column: b,
+              symmetric: true, unknown_ids: ignore}
+  max_probe: 6
+  evidence: [margin]
+  threads: 1
+evaluate: {sample: 10, seed: 6, min_recall: 0.8, max_attempts: 4, recall_by: brand, truth: kind,
+  truth_k: 9, group_by: brand, examples: 1}
+duplicates: {threshold: -0.5, nprobe: 2}
+graph: {max_reverse: 7}
+export: {formats: [jsonl], columns: [price, kind], min_score: 0.25, by: item}
 """,
     )
     embed = config.embed_spec(EngineChoice("openvino", "bfloat16"))
     assert embed.metadata == (("brand", "string"), ("price", "float64"), ("kind", "string"))
     assert embed.preparation.policy == DecodePolicy(1000, "accept", False, "middle")
     assert embed.timeout_sec == 9.5
+    assert embed.normalize is False
     assert embed.choice == EngineChoice("openvino", "bfloat16")
     assert (embed.encoder.name, embed.encoder.weights, embed.encoder.pooling) == (
         "resnet50",
@@ -171,23 +224,40 @@ export: {formats: [jsonl], columns: [price, kind], min_score: 0.25}
     )
 
     index = config.index_spec()
+    assert index.metric is Metric.EUCLIDEAN
     assert (index.transform.kind, index.transform.dim) == ("pca", 12)
     assert index.transform.eigen_power == -0.5
     assert (index.nlist, index.nprobe, index.shards) == (9, 3, 2)
     assert (index.training_rows, index.seed) == (100, 5)
 
-    rules = JoinRules(("kind",), ("brand",))
+    rules = JoinRules(
+        ("kind",),
+        ("brand",),
+        (Condition("price", is_null=False),),
+        (Condition("brand", one_of=("a", "b")), Condition("price", at_least=2, at_most=9.5)),
+        (("kind", 3),),
+    )
     # The join carries what export and evaluation will need, each column once.
-    assert config.join_spec() == JoinSpec(4, rules, ("price", "kind", "brand"), 1)
+    carried = ("price", "kind", "brand", "item_id")
+    assert config.join_spec() == JoinSpec(4, rules, carried, 1, 6, ("margin",))
+    assert config.join.rules.exclude.spec() == ExclusionSpec(
+        (str(tmp_path / "pairs.parquet"),), "item_id", ("a", "b"), symmetric=True, ignore_unknown=True
+    )
+
+    assert config.pair_spec() == PairSpec(-0.5, 2, 1)
+    assert config.graph_spec() == GraphSpec(7)
 
     evaluate = config.evaluate_spec()
-    assert (evaluate.sample, evaluate.seed, evaluate.examples) == (10, 6, 1)
+    promise = evaluate.promise
+    assert (promise.sample, promise.seed, evaluate.examples) == (10, 6, 1)
+    assert (promise.target, promise.attempts, evaluate.recall_by) == (0.8, 1, "brand")
     assert (evaluate.truth, evaluate.group_by) == ("kind", "brand")
     # No more neighbours than k can be looked at.
     assert evaluate.truth_k == 4
 
     export = config.export_spec()
     assert (export.formats, export.columns, export.min_score) == (("jsonl",), ("price", "kind"), 0.25)
+    assert export.items == ItemRows(4, (("kind", 3),))
 
 
 def test_the_configuration_of_the_repository_loads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,14 +275,20 @@ def test_the_configuration_of_the_repository_loads(monkeypatch: pytest.MonkeyPat
     [
         (
             "join: {kk: 1}",
-            "join.kk: unknown key. Did you mean 'k'? Known keys here: k, rules, threads.",
+            "join.kk: unknown key. Did you mean 'k'? Known keys here: evidence, k, max_probe, rules, "
+            "threads.",
         ),
         (
             "nightli: {publish: false}",
-            "nightli: unknown key. Did you mean 'nightly'? Known keys here: catalog, embeddings, "
-            "encoder, evaluate, export, images, index, join, nightly, runner, workspace.",
+            "nightli: unknown key. Did you mean 'nightly'? Known keys here: catalog, duplicates, "
+            "embeddings, encoder, evaluate, export, graph, images, index, join, nightly, runner, "
+            "workspace.",
         ),
-        ("join: {rules: {zzz: [a]}}", "join.rules.zzz: unknown key. Known keys here: different, same."),
+        (
+            "join: {rules: {zzz: [a]}}",
+            "join.rules.zzz: unknown key. Known keys here: candidates, different, exclude, max_per, "
+            "queries, same.",
+        ),
         (
             "index: {transform: {type: pca, whitning: full}}",
             "index.transform.whitning: unknown key. Did you mean 'whitening'? "
@@ -348,6 +424,7 @@ def test_impossible_combinations_are_refused(tmp_path: Path, text: str, wanted: 
         ("export: {columns: [row, brandt]}", "export.columns"),
         ("evaluate: {truth: brandt}", "evaluate.truth"),
         ("evaluate: {group_by: brandt}", "evaluate.group_by"),
+        ("evaluate: {recall_by: brandt}", "evaluate.recall_by"),
     ],
 )
 def test_columns_that_the_catalogue_will_not_have_are_refused(

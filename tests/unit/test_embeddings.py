@@ -94,6 +94,37 @@ def test_vectors_of_another_dim_are_refused(shape: tuple[int, ...]) -> None:
         EmbeddingSchema(3).table(np.zeros(shape, np.float16), {})
 
 
+def test_vectors_have_the_type_of_the_dataset(tmp_path: Path) -> None:
+    unit, raw = EmbeddingSchema(3), EmbeddingSchema(3, normalize=False)
+    assert (unit.dtype, raw.dtype) == (np.float16, np.float32)
+    for schema, other in ((unit, np.float32), (raw, np.float16), (raw, np.float64)):
+        wanted = np.dtype(schema.dtype)
+        with pytest.raises(ValueError, match=f"vectors are {np.dtype(other)}, wanted {wanted}"):
+            schema.table(np.zeros((2, 3), other), {})
+    catalogue = gaussian_catalogue(50, 12)
+    (part,) = write_embeddings(tmp_path / "e", catalogue, parts=1, normalize=False)
+    (block,) = embeddings.read_part(str(tmp_path / "e"), part)
+    found = embeddings.list_matrix(block["vector"])
+    assert found.tobytes() == catalogue.vectors.astype(np.float32).tobytes()
+
+
+def test_a_column_that_is_not_there(catalogue: Catalogue, tmp_path: Path) -> None:
+    (part,) = write_embeddings(tmp_path / "e", catalogue, parts=1)
+    with pytest.raises(DatasetError, match=r"part-00000\.parquet has no column colour, only image_id,"):
+        next(embeddings.read_part(str(tmp_path / "e"), part, ["image_id", "colour"]))
+
+
+def test_pages_that_are_damaged(catalogue: Catalogue, tmp_path: Path) -> None:
+    (part,) = write_embeddings(tmp_path / "e", catalogue, parts=1)
+    path = tmp_path / "e" / "part-00000.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
+    file = manifests.describe_file(str(tmp_path / "e"), path.name)
+    listed = Part(part.name, "key", part.rows, (file,))
+    with pytest.raises(DatasetError, match=r"part-00000\.parquet is damaged: .*Make it again"):
+        list(embeddings.read_part(str(tmp_path / "e"), listed))
+
+
 def test_matrix_of_slices_and_chunks() -> None:
     matrix = np.arange(24, dtype=np.int32).reshape(8, 3)
     column = pa.chunked_array([embeddings.list_array(matrix)])

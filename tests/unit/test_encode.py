@@ -12,6 +12,7 @@ from transforms.encoders.engines.choice import EngineChoice
 from transforms.encoders.engines.engine import EncodingError, OutOfMemoryError
 from transforms.encoders.engines.tensorflow_engine import load_tensorflow
 from transforms.encoders.family import Network
+from transforms.reuse import FoundVector, SeenVectors
 
 POISON = 13
 
@@ -136,3 +137,62 @@ def test_results_come_in_order_and_none_is_lost(batches: int) -> None:
     ahead.close()
     assert found == list(range(1, batches + 1))
     assert ahead.calls == batches
+
+
+def mean_encoder() -> Encoder:
+    return encoder_of(lambda images: None)
+
+
+def test_without_normalising_the_numbers_are_the_encoders_own() -> None:
+    results = encode_batch(mean_encoder(), images_of([0, 9, 250]), normalize=False)
+    for value, result in zip((0, 9, 250), results, strict=True):
+        # A zero vector has a length, if no direction.
+        assert isinstance(result, np.ndarray)
+        assert result.dtype == np.float32
+        assert result.tolist() == [value] * 3
+    halved = encode_batch(encoder_of(poisoned), images_of([9, POISON]), normalize=False)
+    assert isinstance(halved[0], np.ndarray)
+    assert halved[0].dtype == np.float32
+    assert isinstance(halved[1], ImageError)
+
+
+def test_vectors_survive_an_engine_that_uses_its_output_again() -> None:
+    encoder = mean_encoder()
+    output = np.empty((2, 3), np.float32)
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        output[:] = pixels.mean(axis=(1, 2))
+        return output
+
+    encoder.encode = encode  # type: ignore[method-assign]
+    first = encode_batch(encoder, images_of([1, 2]), normalize=False)
+    encode_batch(encoder, images_of([3, 4]), normalize=False)
+    assert [vector.tolist() for vector in first] == [[1] * 3, [2] * 3]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_numbers_that_are_not_finite_are_failures_either_way(normalize: bool) -> None:
+    encoder = mean_encoder()
+    encoder.encode = lambda pixels: np.array(  # type: ignore[method-assign]
+        [[1, np.nan, 0], [1, 2, 2], [np.inf, 0, 0]], np.float32
+    )
+    bad, good, worse = encode_batch(encoder, images_of([1, 2, 3]), normalize)
+    for result in (bad, worse):
+        assert isinstance(result, ImageError)
+        assert result.reason == "non_finite"
+    wanted = [1 / 3, 2 / 3, 2 / 3] if normalize else [1, 2, 2]
+    np.testing.assert_allclose(good, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_vectors_of_the_shard_come_back_bit_for_bit(dtype: type) -> None:
+    seen = SeenVectors(3, dtype)
+    vectors = np.array([[1.5, -0.0, 3e-5], [7, 8, 9]], dtype)
+    for number, vector in enumerate(vectors):
+        seen.add(bytes([number]), FoundVector(vector, 4, 5, "png"))
+    for number in (1, 0):
+        found = seen.read(bytes([number]))
+        assert found.vector.dtype == dtype
+        assert found.vector.tobytes() == vectors[number].tobytes()
+        assert (found.width, found.height, found.format) == (4, 5, "png")
+    seen.close()

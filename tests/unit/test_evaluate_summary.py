@@ -1,5 +1,6 @@
 """The one pass over neighbours: figures against a naive count, and no influence of the order."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -249,3 +250,14 @@ def test_nothing_gives_an_empty_document() -> None:
     assert document["examples"] == []
     assert sum(document["scores"]["counts"]) == 0
     assert document["truth"]["queries"] == 0
+
+
+def test_rows_are_counted_by_the_values_that_recall_is_listed_by() -> None:
+    rows = catalogue(40)
+    spec = dataclasses.replace(SPEC, recall_by="group")
+    parts = [Summary(), Summary()]
+    for summary, chosen in zip(parts, (rows[:13], rows[13:]), strict=True):
+        summary.add(neighbors(chosen), spec)
+    parts[0].merge(parts[1], spec.examples)
+    assert parts[0].values == Counter(group for _, _, group, _ in rows)
+    assert sum(parts[0].values.values()) == 40

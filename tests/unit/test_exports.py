@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.testing.util import assert_that
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index_builder import manifests
@@ -19,7 +19,15 @@ from index_builder.errors import DatasetError
 from index_builder.manifests import Part
 from index_builder.neighbors import FILLED, NeighborsSchema
 from pipelines.runners import RunnerSpec, make_pipeline, run_pipeline
-from transforms.exports import ExportNeighbors, ExportSpec, export_schema, select_neighbors
+from transforms.exports import (
+    ExportNeighbors,
+    ExportSpec,
+    export_schema,
+    merge_items,
+    select_neighbors,
+    split_items,
+)
+from transforms.item_rows import ItemRows
 
 BOTH = ("parquet", "jsonl")
 SCHEMA = NeighborsSchema((("brand", pa.string()), ("price", pa.float64()))).arrow()
@@ -274,3 +282,155 @@ def test_a_part_without_queries_is_exported_with_its_schema(tmp_path: Path) -> N
     assert pq.read_schema(folder / "p.parquet").equals(export_schema((("brand", pa.string()),)))
     assert (folder / "p.jsonl").read_bytes() == b""
     assert counters["export.queries"] == 0
+
+
+ITEM_SCHEMA = NeighborsSchema((("item_id", pa.string()), ("brand", pa.string()))).arrow()
+Image = tuple[str, str, list[tuple[str, str, float, str | None]]]
+
+
+def item_neighbors(rows: list[Image]) -> pa.Table:
+    """A block of neighbours; a row is (image, item, neighbours as (image, item, score, brand))."""
+    n = len(rows)
+    columns = {
+        "query_id": [image for image, _, _ in rows],
+        "neighbor_ids": [[found[0] for found in row] for _, _, row in rows],
+        "scores": [[found[2] for found in row] for _, _, row in rows],
+        "status": [FILLED] * n,
+        "query_row": list(range(n)),
+        "neighbor_rows": [[0] * len(row) for _, _, row in rows],
+        "query_item_id": [item for _, item, _ in rows],
+        "neighbor_item_id": [[found[1] for found in row] for _, _, row in rows],
+        "query_brand": ["own"] * n,
+        "neighbor_brand": [[found[3] for found in row] for _, _, row in rows],
+    }
+    return pa.table(columns, schema=ITEM_SCHEMA)
+
+
+def merged(rows: list[Image], items: ItemRows, least: float | None = None) -> list[dict[str, Any]]:
+    """The rows by item, by a loop."""
+    found: dict[str, list[tuple[str, str, float, str | None]]] = {}
+    for _, item, neighbours in rows:
+        found.setdefault(item, []).extend(neighbours)
+    result = []
+    for item in sorted(found, key=str.encode):
+        ordered = sorted(found[item], key=lambda one: (-one[2], one[0].encode()))
+        taken: list[tuple[str, str, float, str | None]] = []
+        for one in ordered:
+            caps = dict(items.max_per)
+            full = one[3] is not None and "brand" in caps and (
+                sum(other[3] == one[3] for other in taken) >= caps["brand"]
+            )  # fmt: skip
+            if one[1] not in {other[1] for other in taken} and not full and len(taken) < items.k:
+                taken.append(one)
+        kept = [one for one in taken if least is None or one[2] >= least]
+        neighbors = [
+            {"id": one[1], "score": one[2], "image_id": one[0], "brand": one[3]} for one in kept
+        ]
+        result.append({"query_id": item, "neighbors": neighbors})
+    return result
+
+
+TORN: list[Image] = [
+    ("a1", "A", [("b1", "B", 0.875, "x"), ("c1", "C", 0.5, "x"), ("d1", "D", 0.25, None)]),
+    ("z1", "Z", []),
+    ("a2", "A", [("b2", "B", 1.0, "x"), ("e1", "E", 0.5, "y"), ("c2", "C", 0.5, "x")]),
+    ("b1", "B", [("a1", "A", 0.875, "q")]),
+]
+
+
+def test_rows_of_items_merge_those_of_their_images() -> None:
+    spec = ExportSpec(BOTH, ("brand",), items=ItemRows(3))
+    assert merge_items(item_neighbors(TORN), spec).to_pylist() == [
+        {
+            "query_id": "A",
+            "neighbors": [
+                {"id": "B", "score": 1.0, "image_id": "b2", "brand": "x"},
+                {"id": "C", "score": 0.5, "image_id": "c1", "brand": "x"},
+                {"id": "E", "score": 0.5, "image_id": "e1", "brand": "y"},
+            ],
+        },
+        {
+            "query_id": "B",
+            "neighbors": [{"id": "A", "score": 0.875, "image_id": "a1", "brand": "q"}],
+        },
+        {"query_id": "Z", "neighbors": []},
+    ]
+
+
+ITEM_PAIRS = st.lists(
+    st.tuples(
+        st.sampled_from(["m", "n", "o\u00e9", "p"]), st.sampled_from([0.5, 0.25, 1.0, -0.5]), st.just(0)
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("ABC"), ITEM_PAIRS), max_size=5),
+    st.integers(1, 4),
+    st.sampled_from([(), (("brand", 1),), (("brand", 2),)]),
+    st.sampled_from([None, 0.25]),
+)
+def test_items_are_merged_as_a_loop_merges_them(
+    drawn: list[tuple[str, list[tuple[str, float, int]]]],
+    k: int,
+    caps: tuple[tuple[str, int], ...],
+    least: float | None,
+) -> None:
+    brand = {"m": "x", "n": "x", "o\u00e9": None, "p": "y"}
+    rows: list[Image] = [
+        (f"q{i}", item, [(f"{other}{i}{j}", other, score, brand[other])
+                         for j, (other, score, _) in enumerate(found)])
+        for i, (item, found) in enumerate(drawn)
+    ]  # fmt: skip
+    items = ItemRows(k, caps)
+    spec = ExportSpec(BOTH, ("brand",), least, items)
+    table = merge_items(item_neighbors(rows), spec)
+    assert table.to_pylist() == merged(rows, items, least)
+    assert merge_items(item_neighbors(rows[::-1]), spec).equals(table)
+
+
+def export_items(tmp_path: Path, parts: list[Part], spec: ExportSpec) -> tuple[Path, dict[str, int]]:
+    folder = tmp_path / "export"
+    names = tuple(sorted(part.name for part in parts))
+
+    def define(root: beam.Pipeline) -> None:
+        exporter = ExportNeighbors(str(tmp_path / "n"), spec, str(folder), "key", names)
+        _ = root | beam.Create(parts) | exporter
+
+    return folder, run_pipeline(define, RunnerSpec())
+
+
+def test_an_item_in_several_parts_has_one_row(tmp_path: Path) -> None:
+    spec = ExportSpec(BOTH, ("brand",), items=ItemRows(3))
+    parts = [
+        write_part(tmp_path / "n", f"part-{number:05d}", item_neighbors(TORN[number : number + 1]), 1)
+        for number in range(4)
+    ]
+    folder, counters = export_items(tmp_path, parts, spec)
+    rows = []
+    for part in parts:
+        table = pq.read_table(folder / f"{part.name}.parquet")
+        lines = (folder / f"{part.name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["query_id"] for line in lines] == table["query_id"].to_pylist()
+        rows += table.to_pylist()
+    assert sorted(rows, key=lambda row: str(row["query_id"])) == merged(TORN, ItemRows(3))
+    assert counters["export.queries"] == 3
+    assert counters["export.pairs_out"] == 4
+    first = {path.name: path.read_bytes() for path in folder.glob("part-*")}
+    assert len(first) == 8
+    # What is finished is not written again, and written again, in any order, it is the same.
+    _, counters = export_items(tmp_path, parts, spec)
+    assert "export.queries" not in counters
+    for path in [*folder.glob("part-*"), *folder.glob("_work/*")]:
+        path.unlink()
+    export_items(tmp_path, parts[::-1], spec)
+    assert {path.name: path.read_bytes() for path in folder.glob("part-*")} == first
+
+
+def test_rows_of_items_need_the_item_to_be_carried(tmp_path: Path) -> None:
+    part = write_part(tmp_path / "n", "p", neighbors(LISTS))
+    spec = ExportSpec(BOTH, ("brand",), items=ItemRows(3))
+    with pytest.raises(DatasetError, match="names 'item_id', but the neighbours carry only"):
+        list(split_items(part, str(tmp_path / "n"), spec, ("p",)))

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from index_builder.neighbors import NeighborsSchema, neighbors_table
+from index_builder.neighbors import MARGIN, NeighborsSchema, neighbors_table, slots
 from index_builder.topk import TopK
+from tests.unit.rules_for_tests import margins
 
 CORPUS = pa.table(
     {
@@ -34,7 +35,10 @@ def finished(found: list[list[tuple[int, float]]], k: int) -> TopK:
 @pytest.mark.parametrize(("all_probed", "short"), [(True, "exhausted"), (False, "capped")])
 def test_rows_carry_ids_scores_status_and_columns(all_probed: bool, short: str) -> None:
     top = finished([[(7, 0.5), (4, 0.25)], [], [(0, 1.0)]], k=2)
-    table = neighbors_table(SCHEMA, CORPUS.slice(3, 3), 3, top, lookup, all_lists_probed=all_probed)
+    rows = np.asarray([3, 4, 5])
+    table = neighbors_table(
+        SCHEMA, CORPUS.slice(3, 3), rows, top, lookup, k=2, all_lists_probed=all_probed
+    )
     assert table.schema.equals(SCHEMA.arrow())
     assert table.to_pylist() == [
         {
@@ -77,8 +81,9 @@ def test_rows_carry_ids_scores_status_and_columns(all_probed: bool, short: str) 
 
 
 def test_no_neighbors_at_all() -> None:
+    top = finished([[], []], k=3)
     table = neighbors_table(
-        SCHEMA, CORPUS.slice(0, 2), 0, finished([[], []], k=3), lookup, all_lists_probed=True
+        SCHEMA, CORPUS.slice(0, 2), np.arange(2), top, lookup, k=3, all_lists_probed=True
     )
     assert table["neighbor_ids"].to_pylist() == [[], []]
     assert table["neighbor_brand"].to_pylist() == [[], []]
@@ -94,3 +99,25 @@ def test_names_of_the_carried_columns() -> None:
         "query_row",
         "neighbor_rows",
     ]
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_margins_are_to_the_next_score_and_null_at_the_end(k: int) -> None:
+    found = [[(7, 0.5), (4, 0.25), (1, -0.5)], [(0, 1.0), (2, 1.0)], [(3, 0.1)], []]
+    top = finished(found, k=slots(k, (MARGIN,)))
+    schema = NeighborsSchema(evidence=(MARGIN,))
+    table = neighbors_table(
+        schema, CORPUS.slice(0, 4), np.arange(4), top, lookup, k=k, all_lists_probed=True
+    )
+    assert table.schema.equals(schema.arrow())
+    wanted = [
+        margins([score for _, score in row[:k]], row[k][1] if len(row) > k else None) for row in found
+    ]
+    assert table["margins"].to_pylist() == wanted
+    assert table["status"].to_pylist()[:2] == ["filled", "filled" if k == 2 else "exhausted"]
+
+
+def test_without_margins_no_slot_is_spent_on_them() -> None:
+    assert slots(5, ()) == 5
+    assert slots(5, (MARGIN,)) == 6
+    assert NeighborsSchema(evidence=(MARGIN,)).arrow().names[-1] == "margins"

@@ -20,6 +20,7 @@ from pipelines.preflight import (
     recorded_versions,
     require_sources,
 )
+from tests.unit.test_exclusions import write_pairs
 
 
 def config_of(tmp_path: Path, text: str) -> Config:
@@ -105,6 +106,21 @@ def test_every_source_is_looked_at_before_the_workspace_is_made(tmp_path: Path) 
     check_inputs(
         config_of(tmp_path, "workspace: w\nimages: {sources: [{format: files, paths: a.png}]}")
     )
+
+
+def test_excluded_pairs_are_looked_at_before_the_workspace_is_made(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    text = "workspace: w\nimages: {sources: [{format: files, paths: a.png}]}\n"
+    text += "join: {rules: {exclude: {paths: pairs.parquet}}}\n"
+    with pytest.raises(ConfigError, match="join.rules.exclude.paths: no file matches"):
+        check_inputs(config_of(tmp_path, text))
+    write_pairs(tmp_path / "pairs.parquet", [("a", "b")])
+    with pytest.raises(ConfigError, match="query_column: .* has 0 columns 'q'"):
+        check_inputs(
+            config_of(tmp_path, text.replace("pairs.parquet", "pairs.parquet, query_column: q"))
+        )
+    assert not (tmp_path / "w").exists()
+    check_inputs(config_of(tmp_path, text))
 
 
 def test_versions_that_decide_the_bytes_are_recorded() -> None:

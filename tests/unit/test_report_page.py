@@ -230,6 +230,29 @@ def test_recall_is_held_against_its_minimum(
     assert bool(page.having(class_="scale")) == (minimum is not None)
 
 
+def test_the_certificate_is_shown_with_its_attempts_and_values() -> None:
+    values = [
+        {"value": "shoes", "queries": 700, "rows": 1300, "estimate": 0.981, "lower_bound": 0.969},
+        {"value": None, "queries": 300, "rows": 598, "estimate": 0.9, "lower_bound": 0.871},
+    ]
+    recall = {
+        **full_run()["recall"],
+        "target": 0.95, "confidence": 0.9875, "nprobe": 42, "nlist": 64, "attempt": 2,
+        "by": "kind", "values": values, "encoder_recall": 0.874, "encoder_queries": 250,
+    }  # fmt: skip
+    attempts = [{"nprobe": 28, "lower_bound": 0.941}, {"nprobe": 42, "lower_bound": 0.994}]
+    run = full_run(recall=recall, attempts=attempts)
+    text = Page(render_page(run, full_evaluation(recall=recall), [], {})).text
+    for piece in (
+        "Recall certificate", "At least (98.75%)", "42 of 64", "1,000 of 1,898", "98.75% bound",
+        "In the encoder's space (250 queries)", "87.4%", "94.1% with 28, 99.4% with 42",
+        "shoes", "98.1%", "96.9%", "87.1%",
+    ):  # fmt: skip
+        assert piece in text, piece
+    without = Page(render_page(full_run(), full_evaluation(), [], {})).text
+    assert "Recall certificate" not in without
+
+
 def test_recall_is_never_rounded_up_to_all() -> None:
     recall = {"estimate": 0.9999, "lower_bound": 1.0, "minimum": 0.95, "k": 10}
     text = Page(render_page(full_run(recall=recall), full_evaluation(recall=recall), [], {})).text

@@ -1,12 +1,19 @@
-"""Samples: seeded, without repetition, over every part."""
+"""Samples: seeded, without repetition, over every part; evaluation rows set apart from training."""
 
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from index_builder import embeddings
-from index_builder.sampling import read_sample, sample_rows
+from index_builder.sampling import (
+    EVALUATION_ROWS,
+    evaluation_mask,
+    evaluation_overlaps_training,
+    read_sample,
+    sample_rows,
+)
 from index_builder.vectors import unit_float16
 from tests.index_fixtures import gaussian_catalogue, write_embeddings
 
@@ -76,3 +83,66 @@ def test_a_part_without_rows_is_passed_over(tmp_path: Path) -> None:
     assert 0 in [part.rows for part in parts]
     found = read_sample(str(tmp_path / "e"), parts, 2, seed=0)
     np.testing.assert_array_equal(found, unit_float16(catalogue.vectors)[0])
+
+
+def ids_of(n: int) -> pa.Array:
+    return pa.array([f"photo-{number}.jpg" for number in range(n)])
+
+
+@pytest.mark.parametrize("rows", [5_000, 40_000, 2_000_000])
+def test_evaluation_rows_are_about_as_many_as_wanted(rows: int) -> None:
+    ids = ids_of(40_000)
+    mask = evaluation_mask(ids, rows, seed=3)
+    share = min(0.5, EVALUATION_ROWS / rows)
+    # Six standard deviations.
+    assert abs(mask.sum() - 40_000 * share) <= 6 * (40_000 * share * (1 - share)) ** 0.5
+    assert not np.array_equal(mask, evaluation_mask(ids, rows, seed=4))
+
+
+def test_a_row_is_set_apart_by_its_id_alone() -> None:
+    ids = ids_of(3000)
+    mask = evaluation_mask(ids, 30_000, seed=1)
+    order = np.random.default_rng(0).permutation(3000)
+    np.testing.assert_array_equal(evaluation_mask(ids.take(order), 30_000, seed=1), mask[order])
+    chunks = pa.chunked_array(
+        [ids[:7], ids[7:7], ids[7:1000].cast(pa.large_string()).cast(pa.string())]
+    )
+    np.testing.assert_array_equal(evaluation_mask(chunks, 30_000, seed=1), mask[:1000])
+    np.testing.assert_array_equal(evaluation_mask(ids.slice(500, 20), 30_000, seed=1), mask[500:520])
+    assert evaluation_mask(ids[:0], 30_000, seed=1).shape == (0,)
+    # Ids that differ in one character, or are empty, are spread like others.
+    short = pa.array(["", *(chr(65 + number) for number in range(26))])
+    assert 0 < evaluation_mask(short, 20_000, seed=1).sum() < 27
+
+
+def test_a_larger_index_sets_apart_a_part_of_the_rows_of_a_smaller_one() -> None:
+    few, many = (evaluation_mask(ids_of(20_000), rows, seed=0) for rows in (200_000, 20_000))
+    assert 0 < few.sum() < many.sum()
+    assert not (few & ~many).any()
+
+
+def test_a_small_index_trains_on_what_it_is_measured_on() -> None:
+    assert evaluation_overlaps_training(4_999)
+    assert not evaluation_overlaps_training(5_000)
+    assert evaluation_mask(ids_of(10), 4_999, seed=0).all()
+
+
+def test_training_never_sees_an_evaluation_row(tmp_path: Path) -> None:
+    catalogue = gaussian_catalogue(6000, 4)
+    parts = write_embeddings(tmp_path / "e", catalogue, parts=3)
+    unit, _ = unit_float16(catalogue.vectors)
+    apart = evaluation_mask(pa.array(catalogue.image_ids), 6000, seed=5)
+    found = read_sample(str(tmp_path / "e"), parts, 6000, seed=5)
+    np.testing.assert_array_equal(found, unit[~apart])
+    some = read_sample(str(tmp_path / "e"), parts, 1000, seed=5)
+    chosen = sample_rows(6000, 1000, seed=5)
+    np.testing.assert_array_equal(some, unit[chosen[~apart[chosen]]])
+    assert 400 < len(some) < 600
+
+
+def test_a_sample_of_float32_stays_float32(tmp_path: Path) -> None:
+    catalogue = gaussian_catalogue(50, 4)
+    parts = write_embeddings(tmp_path / "e", catalogue, parts=2, normalize=False)
+    found = read_sample(str(tmp_path / "e"), parts, 50, seed=0)
+    np.testing.assert_array_equal(found, catalogue.vectors.astype(np.float32))
+    assert found.dtype == np.float32

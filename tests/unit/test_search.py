@@ -5,13 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index_builder.errors import DatasetError
+from index_builder.errors import ConfigError, DatasetError
 from index_builder.join import JoinSpec
+from index_builder.metrics import Metric
 from index_builder.search import describe_neighbors, search_vectors
 from index_builder.shards import IndexDataset
 from index_builder.spec import IndexSpec, TransformSpec
 from index_builder.vectors import unit_float16
-from tests.index_fixtures import build_index, found_neighbors, gaussian_catalogue, join_all
+from tests.index_fixtures import (
+    Catalogue,
+    build_index,
+    found_neighbors,
+    gaussian_catalogue,
+    join_all,
+    scattered_ids,
+)
 
 CATALOGUE = gaussian_catalogue(400, 40, duplicates=0.05)
 
@@ -66,3 +74,48 @@ def test_a_vector_without_a_direction_is_refused(index: IndexDataset) -> None:
     broken = np.full((1, 40), np.nan, dtype=np.float16)
     with pytest.raises(DatasetError, match="1 vectors have no direction"):
         search_vectors(index, broken, 3)
+
+
+@pytest.mark.parametrize("metric", [Metric.EUCLIDEAN, Metric.INNER_PRODUCT])
+def test_lengths_count_under_the_other_metrics(metric: Metric, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    vectors = (rng.normal(size=(300, 20)) * rng.uniform(1, 9, size=(300, 1))).astype(np.float32)
+    catalogue = Catalogue(vectors, scattered_ids(300))
+    spec = IndexSpec(metric=metric, nlist=6, nprobe=6, shards=2)
+    index = build_index(tmp_path, catalogue, spec, normalize=False)
+    asked = rng.normal(size=(7, 20)).astype(np.float32)
+    top = search_vectors(index, asked, 4)
+    codes = index.trained.transform.apply(vectors).astype(np.float64)
+    q = index.trained.transform.apply(asked).astype(np.float64)
+    scores = q @ codes.T
+    if metric is Metric.EUCLIDEAN:
+        scores = 2 * scores - (q * q).sum(axis=1)[:, None] - (codes * codes).sum(axis=1)
+    scores = (scores * index.trained.transform.unscale).astype(np.float32)
+    wanted = np.sort(scores, axis=1)[:, ::-1][:, :4]
+    assert (top.scores == wanted).all()
+    for row, found in enumerate(describe_neighbors(index, top, ())):
+        ids = [catalogue.image_ids[place] for place in np.argsort(-scores[row])[:4]]
+        assert [neighbor["image_id"] for neighbor in found] == ids
+    with pytest.raises(DatasetError, match="longer"):
+        search_vectors(index, vectors * 64, 4)
+
+
+def test_the_best_image_of_an_item_is_found(tmp_path: Path) -> None:
+    base = gaussian_catalogue(90, 16, seed=8)
+    items = [f"item-{row // 3}" for row in range(90)]
+    catalogue = Catalogue(base.vectors, base.image_ids, item_ids=items)
+    index = build_index(tmp_path, catalogue, IndexSpec(nlist=4, nprobe=4, shards=2))
+    unit, _ = unit_float16(base.vectors)
+    top = search_vectors(index, unit, 30)
+    item_of = dict(zip(base.image_ids, items, strict=True))
+    for row, found in enumerate(describe_neighbors(index, top, ("item_id",))):
+        assert len({neighbor["item_id"] for neighbor in found}) == 30
+        assert found[0]["image_id"] == base.image_ids[row]
+        assert all(item_of[str(one["image_id"])] == one["item_id"] for one in found)
+
+
+@pytest.mark.parametrize("nprobe", [0, 13])
+def test_more_lists_than_there_are_is_refused(index: IndexDataset, nprobe: int) -> None:
+    unit, _ = unit_float16(CATALOGUE.vectors[:1])
+    with pytest.raises(ConfigError, match=f"nprobe is {nprobe}, but the index .* has 12 lists"):
+        search_vectors(index, unit, 3, nprobe)

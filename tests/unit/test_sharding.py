@@ -63,6 +63,19 @@ def test_shards_are_of_about_equal_size(sizes: list[int], shards: int) -> None:
         assert np.diff(layout.shard_offsets).min() >= 0.9 * target - 1
 
 
+@pytest.mark.parametrize("shards", [2, 7, 40])
+@pytest.mark.parametrize("power", [1.1, 1.5, 3.0])
+def test_heavily_skewed_lists_make_even_shards(power: float, shards: int) -> None:
+    # A few lists hold most of the rows: at power 3 the first one has more than four fifths of them.
+    sizes = (1_000_000 / np.arange(1, 2001) ** power).astype(np.int64)
+    sizes = np.random.default_rng(0).permutation(sizes)
+    rows = np.diff(plan_layout(sizes, shards).shard_offsets)
+    assert len(rows) == shards
+    assert rows.max() / rows.mean() <= 1.2
+    if power == 3.0:
+        assert sizes.max() > 0.8 * sizes.sum()
+
+
 def test_cuts_fall_between_small_lists() -> None:
     sizes = np.full(100, 7)
     layout = plan_layout(sizes, 4)

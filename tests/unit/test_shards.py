@@ -1,13 +1,16 @@
 """Index shards: the FAISS files as plain FAISS reads them, and the Parquet beside them."""
 
+import dataclasses
+import itertools
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import manifests, shards
+from index_builder import assigned_parts, manifests, shards
 from index_builder.errors import DatasetError
 from index_builder.join import JoinSpec
 from index_builder.shards import IndexDataset, open_index, open_shard
@@ -200,6 +203,132 @@ def test_a_changed_quantizer_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DatasetError, match=r"trained\.npz does not match its checksum"):
         open_index(index.folder)
+
+
+def two_indexes(folder: Path) -> tuple[IndexDataset, IndexDataset]:
+    """Two indexes of the same sizes over different vectors."""
+    spec = IndexSpec(nlist=4, nprobe=2, shards=2)
+    return (
+        build_index(folder / "a", gaussian_catalogue(200, 16, seed=1), spec),
+        build_index(folder / "b", gaussian_catalogue(200, 16, seed=2), spec),
+    )
+
+
+@pytest.mark.parametrize("suffix", [".faiss", ".parquet"])
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_a_truncated_shard_is_refused(tmp_path: Path, suffix: str, size: int) -> None:
+    index = build_index(tmp_path, gaussian_catalogue(50, 16), IndexSpec(nlist=2, nprobe=1))
+    file = index.parts[0].file(suffix)
+    path = Path(index.folder, file.path)
+    data = path.read_bytes()[: size if size >= 0 else file.bytes - 1]
+    path.write_bytes(data)
+    told = rf"shard-00000\{suffix} has {len(data)} bytes, but .* lists it with {file.bytes} bytes"
+    with pytest.raises(DatasetError, match=told), open_shard(index, 0, ("image_id",)):
+        pass
+    path.unlink()
+    with pytest.raises(DatasetError, match=r"is missing, but"), open_shard(index, 0, ()):
+        pass
+
+
+def put_shard(index: IndexDataset, number: int, other: Path) -> IndexDataset:
+    """Puts another FAISS file into a shard's place, with a manifest that does not notice."""
+    part = index.parts[number]
+    target = Path(index.folder, part.file(".faiss").path)
+    target.write_bytes(other.read_bytes())
+    changed = manifests.describe_file(index.folder, target.name)
+    files = tuple(changed if file.path == changed.path else file for file in part.files)
+    parts = tuple(
+        dataclasses.replace(one, files=files) if one.name == part.name else one
+        for one in index.manifest.parts
+    )
+    return dataclasses.replace(index, manifest=dataclasses.replace(index.manifest, parts=parts))
+
+
+def test_a_shard_of_another_index_is_refused(tmp_path: Path) -> None:
+    one, other = two_indexes(tmp_path)
+    foreign = Path(other.folder, other.parts[0].file(".faiss").path)
+    # The manifest's checksum tells it where the shard is verified ...
+    Path(one.folder, one.parts[0].file(".faiss").path).write_bytes(
+        foreign.read_bytes()[: one.parts[0].file(".faiss").bytes].ljust(
+            one.parts[0].file(".faiss").bytes
+        )
+    )
+    with (
+        pytest.raises(DatasetError, match="does not match its checksum"),
+        open_shard(one, 0, (), verify=True),
+    ):
+        pass
+    # ... and the file itself wherever it is opened.
+    mixed = put_shard(one, 0, foreign)
+    with (
+        pytest.raises(DatasetError, match="is a shard of another index: got"),
+        open_shard(mixed, 0, ()),
+    ):
+        pass
+
+
+def test_a_shard_with_other_centroids_is_refused(tmp_path: Path) -> None:
+    index = build_index(tmp_path, gaussian_catalogue(60, 16), IndexSpec(nlist=3, nprobe=1))
+    path = Path(index.folder, index.parts[0].file(".faiss").path)
+    changed = faiss.read_index(str(path))
+    centroids = changed.quantizer.reconstruct_n(0, 3)
+    changed.quantizer.reset()
+    changed.quantizer.add(centroids[::-1].copy())
+    faiss.write_index(changed, str(tmp_path / "other"))
+    mixed = put_shard(index, 0, tmp_path / "other")
+    told = r"another index: got other centroids, wanted those of trained\.npz"
+    with pytest.raises(DatasetError, match=told), open_shard(mixed, 0, ()):
+        pass
+
+
+def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
+    index = build_index(tmp_path, gaussian_catalogue(60, 16), IndexSpec(nlist=3, nprobe=1))
+    (tmp_path / "other").write_bytes(b"no index at all")
+    mixed = put_shard(index, 0, tmp_path / "other")
+    with pytest.raises(DatasetError, match="cannot be read as a FAISS index"), open_shard(mixed, 0, ()):
+        pass
+
+
+@pytest.mark.parametrize("run_bytes", [1, 1 << 20])
+def test_shards_do_not_depend_on_how_parts_are_sorted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_bytes: int
+) -> None:
+    catalogue = gaussian_catalogue(900, 32, duplicates=0.2)
+    spec = IndexSpec(nlist=12, nprobe=4, shards=5)
+    wanted = build_index(tmp_path / "one", catalogue, spec)
+    monkeypatch.setattr(assigned_parts, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(assigned_parts, "_GROUP_ROWS", 10)
+    plain = assigned_parts.assign_part
+    groups = []
+
+    def in_runs(*arguments: Any) -> None:
+        plain(*arguments, run_bytes=run_bytes)
+        groups.append(pq.ParquetFile(arguments[-1]).num_row_groups)
+
+    monkeypatch.setattr(assigned_parts, "assign_part", in_runs)
+    found = build_index(tmp_path / "many", catalogue, spec, parts=2)
+    # Of 450 rows at once, 45 groups of 10; in runs of 64 and 33, the last group of a run is shorter.
+    assert groups == ([51, 51] if run_bytes == 1 else [45, 45])
+    assert found.manifest.content == wanted.manifest.content
+
+
+def test_equal_vectors_lie_side_by_side_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    catalogue = gaussian_catalogue(400, 32, duplicates=0.4)
+    index = build_index(tmp_path, catalogue, IndexSpec(nlist=6, nprobe=2, shards=3))
+    runs = 0
+    for number in range(index.layout.shards):
+        with open_shard(index, number, ("image_id",)) as shard:
+            names = shard.table["image_id"].to_pylist()
+            for list_number in shard.lists:
+                start, stop = index.layout.list_rows(number, list_number)
+                rows = [bytes(row) for row in shard.list_codes(list_number)]
+                # Each vector makes one run.
+                assert len(list(itertools.groupby(rows))) == len(set(rows))
+                for _, run in itertools.groupby(range(stop - start), rows.__getitem__):
+                    ids = [names[start + row].encode() for row in run]
+                    assert ids == sorted(ids)
+                    runs += len(ids) > 1
+    assert runs >= 1
 
 
 def test_a_folder_that_holds_no_index(tmp_path: Path) -> None:

@@ -6,11 +6,15 @@ import pytest
 
 from index_builder.errors import ConfigError
 from index_builder.fingerprints import fingerprint
+from index_builder.metrics import Metric
 from index_builder.spec import (
     MIN_POINTS_PER_CENTROID,
+    Goal,
     IndexSpec,
+    Method,
     TransformSpec,
     check_training_memory,
+    join_row_bytes,
 )
 
 
@@ -81,16 +85,95 @@ def test_more_dimensions_than_the_encoder_gives() -> None:
 
 
 def test_training_that_takes_too_much_memory() -> None:
-    spec = IndexSpec(transform=TransformSpec("pca", 256)).resolve(600_000, 25_088)
-    needed = 500_000 * 25_088 * 12 + 3 * 25_088**2 * 8
-    assert spec.training_bytes == needed
-    check_training_memory(spec, needed)
+    spec = IndexSpec(transform=TransformSpec("pca", 256)).resolve(600_000, 1280)
+    sample = 500_000 * 1280 * 2
+    # The sample twice is more than the sample with its projection and with its covariance.
+    assert spec.training_bytes == 2 * sample
+    check_training_memory(spec, 2 * sample)
     message = (
-        "Training the index would take 154.3 GiB (500000 vectors of 25088 numbers, transform "
-        "pca), index.memory_limit_gib allows 8.0. Lower index.training_rows to about 28532,"
+        "Training the index would take 2.4 GiB (500000 vectors of 1280 numbers, transform pca), "
+        "index.memory_limit_gib allows 2.0. Lower index.training_rows to about 419430, choose a "
+        "pooling with fewer dimensions, or raise the limit."
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
+        check_training_memory(spec, 2 << 30)
+    fewer = IndexSpec(transform=TransformSpec("pca", 256), training_rows=419_430)
+    check_training_memory(fewer.resolve(600_000, 1280), 2 << 30)
+
+
+def test_a_transform_that_no_sample_makes_small_enough() -> None:
+    request = IndexSpec(transform=TransformSpec("pca", 256), training_rows=1000)
+    spec = request.resolve(600_000, 25_088)
+    message = "Training the index would take 18.8 GiB (1000 vectors of 25088 numbers, transform pca)"
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         check_training_memory(spec, 8 << 30)
+    assert (
+        "The covariance of 25088 numbers alone takes 18.8 GiB: set index.transform.type: none"
+        in str(raised.value)
+    )
+
+
+def test_vectors_of_float32_take_twice_the_memory() -> None:
+    transform = TransformSpec("pca", 2)
+    plain = IndexSpec(transform=transform).resolve(100_000, 64)
+    scaled = IndexSpec(Metric.EUCLIDEAN, transform).resolve(100_000, 64)
+    assert scaled.training_bytes == 2 * plain.training_bytes == 100_000 * 64 * 8
+
+
+def test_every_choice_has_a_reason() -> None:
+    spec = IndexSpec().resolve(1_000_000, 256, Goal(k=20, min_recall=0.95))
+    assert spec.reasons == (
+        "method list_major: 1000000 vectors, above 20000, are compared where lists are near",
+        "nlist 4000: 4 sqrt(N), 250 rows a list",
+        "nprobe 253: 4 sqrt(nlist), evaluate.min_recall 0.95",
+        "encoding float16: 512 bytes a vector, scores are exact",
+        "shards 2: 244.1 MiB of codes each, at most 256",
+    )
+    assert spec.choices() == {
+        "method": "list_major",
+        "encoding": "float16",
+        "nlist": 4000,
+        "nprobe": 253,
+        "shards": 2,
+    }
+    given = IndexSpec(nlist=9, nprobe=9, shards=3).resolve(100_000, 64)
+    assert given.method is Method.EXACT
+    assert [reason.split(":")[1] for reason in given.reasons[:3]] == [
+        " follows from index.nlist and index.nprobe as configured",
+        " as configured",
+        " as configured",
+    ]
+
+
+def test_small_catalogues_are_compared_all_with_all_in_few_lists() -> None:
+    spec = IndexSpec().resolve(20_000, 256)
+    assert (spec.method, spec.nlist, spec.nprobe) == (Method.EXACT, 64, 64)
+    assert IndexSpec().resolve(20_001, 256).method is Method.LIST_MAJOR
+    # A given nprobe is of as many lists as there would be otherwise.
+    assert IndexSpec(nprobe=5).resolve(20_000, 256).nlist == 512
+
+
+def test_a_higher_recall_starts_with_more_probes() -> None:
+    goals = (0.0, 0.5, 0.9, 0.95, 0.97, 0.98, 0.999, 1.0)
+    chosen = [IndexSpec().resolve(1_000_000, 256, Goal(min_recall=goal)).nprobe for goal in goals]
+    assert chosen == [253, 127, 127, 253, 253, 380, 506, 506]
+
+
+def test_the_probed_lists_hold_ten_rows_a_neighbor() -> None:
+    spec = IndexSpec().resolve(100_000, 64, Goal(k=2000))
+    assert spec.nprobe == 253 == -(-10 * 2000 * spec.nlist // 100_000)
+    assert "10 rows a neighbour, k 2000" in spec.reasons[2]
+    assert IndexSpec().resolve(100_000, 64, Goal(k=10_000)).nprobe == 1265
+
+
+def test_little_memory_makes_smaller_shards() -> None:
+    large = IndexSpec().resolve(1_000_000, 256, Goal(memory_limit_bytes=8 << 30))
+    small = IndexSpec().resolve(1_000_000, 256, Goal(memory_limit_bytes=256 << 20))
+    assert small.shards >= 20 * large.shards
+    rows = -(-1_000_000 // small.shards)
+    assert rows * join_row_bytes(256, small.nprobe, 20) <= 128 << 20
+    assert small.reasons[-1].endswith("joining one takes 50% of index.memory_limit_gib")
+    assert small.run_bytes == 32 << 20 < large.run_bytes
 
 
 def test_every_choice_is_part_of_the_fingerprint() -> None:

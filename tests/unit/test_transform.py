@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from index_builder.errors import DatasetError
+from index_builder.metrics import Metric
 from index_builder.spec import TransformSpec
 from index_builder.transform import Transform, learn_transform
 from index_builder.vectors import squared_norms, unit_float16
@@ -113,3 +114,124 @@ def test_vectors_without_a_direction_are_refused() -> None:
     at_mean = Transform(mean=vectors[5].astype(np.float64), matrix=learned.matrix)
     with pytest.raises(DatasetError, match="row 5 of its block"):
         at_mean.apply(vectors)
+
+
+SCALED = [Metric.EUCLIDEAN, Metric.INNER_PRODUCT]
+
+
+def features(n: int, dim: int = 40, seed: int = 0) -> np.ndarray:
+    """Raw features, float32: non-negative, of very different lengths up to some thousands."""
+    rng = np.random.default_rng(seed)
+    return (rng.gamma(0.5, 50, size=(n, dim)) * rng.uniform(0.01, 10, size=(n, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("metric", SCALED)
+@pytest.mark.parametrize("spec", [TransformSpec(), TransformSpec("pca", 24, 0.0)])
+def test_features_transform_alike_in_any_company(metric: Metric, spec: TransformSpec) -> None:
+    vectors = features(500)
+    transform = learn_transform(spec, vectors, metric)
+    together = transform.apply(vectors)
+    single = np.concatenate([transform.apply(vectors[row : row + 1]) for row in range(500)])
+    assert single.tobytes() == together.tobytes()
+    assert transform.apply(np.asfortranarray(vectors)).tobytes() == together.tobytes()
+    assert 0 < squared_norms(together).max() <= 1 + 2**-9
+
+
+def test_every_sum_of_a_scaled_transform_is_exact() -> None:
+    vectors = features(20, 300)
+    transform = learn_transform(TransformSpec("pca", 16, -0.25), vectors, Metric.EUCLIDEAN)
+    assert transform.matrix is not None
+    assert transform.mean is not None
+    ready = transform.prepare(vectors)
+    whole = [(values * 2**24).astype(int) for values in (ready, transform.mean, transform.matrix)]
+    for values, numbers in zip((ready, transform.mean, transform.matrix), whole, strict=True):
+        np.testing.assert_array_equal(numbers, values * 2**24)
+    # In whole numbers of Python, which have no rounding, in units of 2^-48.
+    x, mean, matrix = (numbers.astype(object) for numbers in whole)
+    exact = np.array((x - mean) @ matrix.T, dtype=np.float64) * 2.0 ** (transform.output_exponent - 48)
+    np.testing.assert_array_equal(transform.apply(vectors), exact.astype(np.float16))
+    assert np.abs(exact).max() < 1
+
+
+def test_without_a_matrix_features_are_scaled_and_rounded_once() -> None:
+    vectors = features(100)
+    transform = learn_transform(TransformSpec(), vectors, Metric.EUCLIDEAN)
+    largest = np.linalg.norm(vectors.astype(np.float64), axis=1).max()
+    assert 0.5 < largest * 2.0**transform.scale_exponent <= 1
+    assert transform.unscale == 4.0**-transform.scale_exponent
+    scaled = vectors.astype(np.float64) * 2.0**transform.scale_exponent
+    codes, worst = transform.apply_and_measure(vectors)
+    np.testing.assert_array_equal(codes, scaled.astype(np.float16))
+    errors = np.linalg.norm(codes - scaled, axis=1) / np.linalg.norm(scaled, axis=1)
+    assert worst == pytest.approx(errors.max(), rel=1e-12)
+    assert 1e-5 < worst < 2**-11
+
+
+def test_the_largest_norm_of_the_corpus_counts_not_that_of_the_sample() -> None:
+    vectors = features(100)
+    largest = 16 * float(np.linalg.norm(vectors.astype(np.float64), axis=1).max())
+    alone = learn_transform(TransformSpec(), vectors, Metric.EUCLIDEAN)
+    whole = learn_transform(TransformSpec(), vectors, Metric.EUCLIDEAN, largest)
+    assert whole.scale_exponent == alone.scale_exponent - 4
+    whole.apply(16 * vectors)
+    with pytest.raises(DatasetError, match="longer than those that the index was made for"):
+        alone.apply(16 * vectors)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+def test_plain_pca_keeps_distances_or_products(spread: float) -> None:
+    rng = np.random.default_rng(1)
+    vectors = (80 + spread * 20 * rng.normal(size=(60, 16))).astype(np.float32)
+    wide = vectors.astype(np.float64)
+    largest = np.linalg.norm(wide, axis=1).max()
+    for metric, direct in (
+        (Metric.EUCLIDEAN, lambda x: np.linalg.norm(x[:, None] - x[None], axis=-1)),
+        (Metric.INNER_PRODUCT, lambda x: np.sqrt(np.maximum(x @ x.T, 0))),
+    ):
+        transform = learn_transform(TransformSpec("pca", 16, 0.0), vectors, metric)
+        codes = transform.apply(vectors).astype(np.float64) * 2.0**-transform.scale_exponent
+        errors = np.abs(direct(codes) - direct(wide))
+        # What is far from the origin is rounded after it was centred.
+        scale = direct(wide).max() if metric is Metric.EUCLIDEAN else largest
+        assert errors.max() < 1e-3 * scale
+        if metric is Metric.INNER_PRODUCT:
+            assert transform.mean is not None
+            assert not transform.mean.any()
+
+
+def test_cosine_over_features_is_that_of_their_unit_vectors() -> None:
+    vectors = features(300)
+    unit, _ = unit_float16(vectors)
+    for spec in (TransformSpec(), TransformSpec("pca", 12)):
+        raw, made = learn_transform(spec, vectors), learn_transform(spec, unit)
+        assert raw.scale_exponent == 0
+        assert raw.apply(vectors).tobytes() == made.apply(unit).tobytes()
+    zero = vectors.copy()
+    zero[4] = 0
+    with pytest.raises(DatasetError, match=r"1 vectors have no direction .* row 4 of its block"):
+        Transform().apply(zero)
+
+
+def test_float16_vectors_that_are_not_unit_vectors_become_so_one_by_one() -> None:
+    unit = sample(50)
+    mixed = unit.copy()
+    mixed[::2] *= np.float16(7)
+    found = Transform().apply(mixed)
+    np.testing.assert_array_equal(found[1::2], unit[1::2])
+    np.testing.assert_array_equal(found[::2], unit_float16(mixed[::2])[0])
+    assert Transform().apply(unit) is unit
+
+
+@pytest.mark.parametrize("metric", SCALED)
+def test_what_scaled_metrics_take_and_refuse(metric: Metric) -> None:
+    vectors = features(50)
+    vectors[7] = 0
+    transform = learn_transform(TransformSpec(), vectors, metric)
+    assert not transform.apply(vectors)[7].any()
+    vectors[9, 3] = np.nan
+    vectors[11, 0] = np.inf
+    with pytest.raises(DatasetError, match=r"2 vectors are not finite \(first at row 9 of its block"):
+        transform.apply(vectors)
+    nothing = learn_transform(TransformSpec("pca", 4, 0.0), np.zeros((5, 8), np.float32), metric)
+    assert nothing.matrix is None
+    assert not nothing.apply(np.zeros((2, 8), np.float32)).any()

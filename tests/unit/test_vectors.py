@@ -1,4 +1,4 @@
-"""Unit vectors in float16, and sums without rounding error."""
+"""Unit vectors in float16, sums without rounding error, and the scale of vectors with a length."""
 
 import math
 
@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from index_builder.vectors import squared_norms, unit_float16
+from index_builder.errors import DatasetError
+from index_builder.vectors import (
+    check_scale,
+    norms_in_order,
+    relative_rounding,
+    round_float16,
+    scale_exponent,
+    squared_norms,
+    unit_float16,
+)
 
 
 def length_errors(vectors: np.ndarray) -> np.ndarray:
@@ -116,3 +125,60 @@ def test_squared_norms_of_unit_vectors_are_exact_in_any_order(dim: int) -> None:
     exact = [math.fsum(float(x) * float(x) for x in row) for row in unit]
     assert squared_norms(unit).tolist() == exact
     assert squared_norms(unit[:, rng.permutation(dim)]).tolist() == exact
+
+
+@pytest.mark.parametrize(
+    ("norm", "exponent"),
+    [(0.0, 0), (1.0, 0), (np.nextafter(1.0, 2), -1), (0.5, 1), (0.75, 0), (300.0, -9), (1024.0, -10)],
+)
+def test_the_scale_brings_the_longest_vector_to_at_most_one(norm: float, exponent: int) -> None:
+    assert scale_exponent(norm) == exponent
+    assert norm * 2.0**exponent <= 1
+    assert norm == 0 or norm * 2.0 ** (exponent + 1) > 1
+
+
+@pytest.mark.parametrize("norm", [1e-12, 1e19, math.inf, math.nan])
+def test_lengths_whose_squares_do_not_fit_float32_are_refused(norm: float) -> None:
+    with pytest.raises(DatasetError, match=r"norm of .*, wanted 3\.6e-12 to 4\.6e\+18: .* Multiply"):
+        scale_exponent(norm)
+
+
+def test_vectors_that_outgrow_the_scale_are_refused() -> None:
+    norms = np.array([0.5, 256.0, 256.0 * (1 + 2**-11), 0.0])
+    check_scale(norms, -8)
+    norms[[0, 3]] = 257, 300
+    message = r"2 vectors are longer .* the norm at row 3 of its block is 300, wanted at most 256, .*"
+    with pytest.raises(DatasetError, match=message + "Build the index again"):
+        check_scale(norms, -8)
+
+
+def test_rounding_to_float16() -> None:
+    tiny = 2.0**-24
+    values = np.array([[1.0, -0.0, tiny * 0.49, tiny * 1.5, tiny * 2.5, 1 + 2**-11, -tiny * 700.5]])
+    rounded = round_float16(values)
+    # Nearest, ties to even, also below 2^-14, where there is nothing between multiples of 2^-24.
+    assert rounded.astype(np.float64).tolist() == [[1, 0, 0, 2 * tiny, 2 * tiny, 1, -700 * tiny]]
+    assert not np.signbit(rounded[0, 1])
+
+
+def test_relative_rounding_is_the_worst_row() -> None:
+    exact = np.array([[0.6, 0.8], [0.0, 0.0], [3 * 2.0**-25, 0.0], [0.5, 0.25]])
+    rounded = round_float16(exact)
+    errors = rounded.astype(np.float64) - exact
+    first = np.linalg.norm(errors[0])
+    assert relative_rounding(exact[:2], rounded[:2]) == pytest.approx(first)
+    assert 0 < first < 2**-11
+    assert relative_rounding(exact, rounded) == pytest.approx(1 / 3)
+    assert relative_rounding(exact[3:], rounded[3:]) == 0
+    assert relative_rounding(exact[:0], rounded[:0]) == 0
+    # Nothing is left of a vector that is too short.
+    short = np.array([[2.0**-30, 0.0]])
+    assert relative_rounding(short, round_float16(short)) == 1
+
+
+def test_norms_tell_what_is_finite_and_what_is_zero() -> None:
+    extremes = [[3e38, 3e38], [1e-45, 0], [0, -0.0], [np.inf, 1], [np.nan, 1], [-np.inf, 1]]
+    vectors = np.array(extremes, np.float32)
+    norms = norms_in_order(vectors.astype(np.float64))
+    assert np.isfinite(norms).tolist() == [True, True, True, False, False, False]
+    assert (norms == 0).tolist() == [False, False, True, False, False, False]

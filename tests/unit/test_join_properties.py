@@ -1,0 +1,138 @@
+"""The search of lists against a brute force of the probed lists: any shards, threads and product."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from index_builder.blocks import IdColumn, PreparedCandidates, PreparedQueries
+from index_builder.list_scan import list_scan, range_rows
+from index_builder.metrics import Metric
+from index_builder.tiles import error_bound
+from index_builder.topk import TopK
+from tests.topk_oracle import (
+    METRICS,
+    all_scores,
+    allowed_pairs,
+    best,
+    capped,
+    corpus_block,
+    drawn_codes,
+    drawn_ids,
+    drawn_vectors,
+    kept,
+    pieces,
+    query_block,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftedProduct:
+    """A product that is off by a share of what its unit roundoff allows."""
+
+    share: float
+    name: str = "shifted"
+    unit_roundoff: float = 2.0**-8
+
+    def multiply(
+        self, queries: NDArray[np.float32], corpus: NDArray[np.float32], out: NDArray[np.float32]
+    ) -> None:
+        """Writes the exact products, shifted."""
+        q, x = queries.astype(np.float64), corpus.astype(np.float64)
+        lengths = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(x, axis=1)
+        out[:] = q @ x.T + self.share * 2 * self.unit_roundoff * lengths
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_any_small_search(data: st.DataObject) -> None:
+    metric = data.draw(st.sampled_from(METRICS))
+    corpus, queries = drawn_vectors(data, 2, 30, metric), drawn_vectors(data, 2, 6, metric)
+    ids, column = drawn_ids(data, len(corpus))
+    own, others = drawn_codes(data, len(queries), len(corpus))
+    caps = (1, data.draw(st.integers(1, 3)))
+    k = data.draw(st.integers(1, 35))
+
+    # Lists are ranges of the rows, some of them empty; a shard owns pieces of some lists.
+    nlist = data.draw(st.integers(1, 6))
+    lists = np.sort(
+        data.draw(st.lists(st.integers(0, nlist - 1), min_size=len(ids), max_size=len(ids)))
+    )
+    order = st.permutations(range(nlist))
+    nprobe = data.draw(st.integers(1, nlist))
+    probes = np.asarray([data.draw(order)[:nprobe] for _ in range(len(queries))], dtype=np.int32)
+
+    top = TopK(len(queries), k, column.max_bytes, metric, caps=caps)
+    prepared = PreparedQueries.of(query_block(queries, own))
+    product = data.draw(st.sampled_from([None, *map(ShiftedProduct, (-1.0, 0.0, 0.5, 1.0))]))
+    threads = data.draw(st.integers(1, 3))
+    with list_scan(top, prepared, probes, threads, product) as scan:
+        for start, stop in pieces(data, len(corpus)):
+
+            def candidates(number: int, start: int = start, stop: int = stop) -> PreparedCandidates:
+                first, last = np.searchsorted(lists, [number, number + 1]).clip(start, stop).tolist()
+                block = corpus_block(corpus, others).slice(first, last)
+                return PreparedCandidates.of(block, column.slice(first, last), first)
+
+            scan.run(range(nlist), candidates)
+
+    probed = (probes[:, :, None] == lists).any(axis=1)
+    ranked = best(
+        all_scores(queries, corpus, metric), ids, len(ids), allowed_pairs(own, others) & probed
+    )
+    assert kept(top, ids) == [capped(row, ids, others, caps)[:k] for row in ranked]
+
+
+def test_bytes_do_not_depend_on_the_product_or_on_threads() -> None:
+    rng = np.random.default_rng(0)
+    corpus = (rng.normal(size=(900, 24)) / 10).astype(np.float16)
+    corpus[400:440] = corpus[3]
+    probes = np.asarray([rng.permutation(9)[:4] for _ in range(900)], dtype=np.int32)
+    found = []
+    for metric in METRICS:
+        for product, threads in ((None, 1), (ShiftedProduct(-1.0), 2), (ShiftedProduct(1.0), 7)):
+            top = search(corpus, probes, metric, product, threads)
+            found.append((top.scores.tobytes(), top.rows.tobytes()))
+    assert [found[0:3], found[3:6], found[6:9]] == [[found[0]] * 3, [found[3]] * 3, [found[6]] * 3]
+    assert len(set(found)) == 3
+
+
+def search(
+    corpus: NDArray[np.float16],
+    probes: NDArray[np.int32],
+    metric: Metric,
+    product: ShiftedProduct | None,
+    threads: int,
+) -> TopK:
+    """Searches nine lists of a hundred rows for every row."""
+    block, names = corpus_block(corpus), [f"{row:04}" for row in range(len(corpus))]
+    ids = IdColumn.from_arrow(pa.array(names))
+    top = TopK(len(corpus), 12, 4, metric)
+    with list_scan(top, PreparedQueries.of(query_block(corpus)), probes, threads, product) as scan:
+        scan.run(
+            range(9),
+            lambda number: PreparedCandidates.of(
+                block.slice(number * 100, number * 100 + 100),
+                ids.slice(number * 100, number * 100 + 100),
+                number * 100,
+            ),
+        )
+    return top
+
+
+def test_shifted_products_stay_within_the_bound_that_they_state() -> None:
+    product = ShiftedProduct(1.0)
+    assert 2 * product.unit_roundoff < error_bound(1, product.unit_roundoff)
+
+
+def test_ranges_cover_the_queries_and_give_every_thread_some() -> None:
+    for queries in (1, 5, 1000, 5000, 200_000, 10_000_000):
+        for threads in (1, 2, 16, 200):
+            rows = range_rows(queries, threads)
+            assert 1 <= rows <= 65536
+            assert -(-queries // rows) >= min(queries, threads) - 1
+    # Few ranges: the more queries of one probe a list, the better the product runs.
+    assert range_rows(200_000, 2) == 33_333

@@ -1,0 +1,194 @@
+"""The library's plain loop: interrupted, repeated, refused, and with a recall to reach."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from index_builder import building, joining, library, manifests, queries
+from index_builder.embeddings import EmbeddingSchema
+from index_builder.errors import ConfigError, DatasetError, FingerprintError
+from index_builder.importing import import_arrays
+from index_builder.library import Goal, IndexSpec, JoinSpec, Metric, Promise
+from index_builder.manifests import Manifest
+
+DIM = 16
+SPEC = IndexSpec(nlist=8, nprobe=4, shards=3)
+
+
+def clustered(rows: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(12, DIM))
+    return (centres[rng.integers(12, size=rows)] + 0.6 * rng.normal(size=(rows, DIM))).astype(
+        np.float32
+    )
+
+
+def write(folder: Path, rows: int, seed: int = 0, **options: Any) -> str:
+    ids = [f"{seed}-{row}" for row in range(rows)]
+    return import_arrays(clustered(rows, seed), ids, str(folder), **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+class Killed(Exception):
+    """Raised where a run is to end."""
+
+
+@pytest.mark.parametrize(
+    ("module", "step", "folder"),
+    [
+        (building, "assign", "index"),
+        (building, "build", "index"),
+        (building, "describe_shared", "index"),
+        (queries, "assign", "queries"),
+        (queries, "build", "queries"),
+        (joining, "join_part", "neighbors"),
+    ],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    module: Any, step: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "query_shards", lambda *_: 2)
+    monkeypatch.setattr("index_builder.importing._PART_BYTES", 1)
+    monkeypatch.setattr("index_builder.importing.ROW_GROUP_ROWS", 100)
+    corpus, asked = write(tmp_path / "corpus", 300), write(tmp_path / "asked", 150, seed=1)
+
+    def run(target: Path) -> None:
+        index, made = str(target / "index"), str(target / "queries")
+        library.build(corpus, index, SPEC)
+        library.make_queries(asked, index, made)
+        library.join(index, str(target / "neighbors"), JoinSpec(4), queries_folder=made)
+
+    run(tmp_path / "straight")
+    done, original = [0], getattr(module, step)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        done[0] += 1
+        if done[0] == 2 or step == "describe_shared":
+            raise Killed
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, failing)
+        with pytest.raises(Killed):
+            run(tmp_path / "halting")
+    assert not manifests.is_complete(str(tmp_path / "halting" / folder))
+    run(tmp_path / "halting")
+    found, wanted = (contents(tmp_path / name) for name in ("halting", "straight"))
+    assert found == wanted
+
+
+def test_running_again_changes_nothing_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    corpus, index = write(tmp_path / "corpus", 200), str(tmp_path / "index")
+    library.build(corpus, index, SPEC)
+    before = {path: path.stat().st_mtime_ns for path in Path(index).iterdir()}
+    assert library.build(corpus, index, SPEC) == index
+    assert {path: path.stat().st_mtime_ns for path in Path(index).iterdir()} == before
+    with pytest.raises(DatasetError, match="index holds another dataset"):
+        library.build(corpus, index, IndexSpec(nlist=3))
+    assert {path: path.stat().st_mtime_ns for path in Path(index).iterdir()} == before
+
+
+def same_ids(folder: Path) -> None:
+    source = manifests.load(str(folder), "embeddings")
+    doubled = Manifest(
+        source.kind, source.fingerprint, source.fingerprints, source.schema,
+        (*source.parts, *source.parts), source.properties,
+    )  # fmt: skip
+    manifests.commit(str(folder), doubled)
+
+
+def lose_a_part(folder: Path) -> None:
+    (folder / "part-00000.parquet").unlink()
+
+
+def become_empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    schema = EmbeddingSchema(DIM).arrow()
+    pq.write_table(pa.Table.from_pylist([], schema), folder / "part-00000.parquet")
+    file = manifests.describe_file(str(folder), "part-00000.parquet")
+    part = manifests.Part("part-00000", "key", 0, (file,))
+    manifests.commit(
+        str(folder), Manifest("embeddings", "f", {}, [], (part,), {"dim": DIM, "encoder": {}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (same_ids, "100 image ids occur more than once"),
+        (lose_a_part, r"1 of its files .*: part-00000\.parquet is missing"),
+        (become_empty, "holds 0 embeddings, wanted at least one"),
+    ],
+)
+def test_embeddings_that_cannot_be_indexed(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    corpus = Path(write(tmp_path / "corpus", 100))
+    damage(corpus)
+    with pytest.raises(DatasetError, match=message):
+        library.build(str(corpus), str(tmp_path / "index"), SPEC)
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_index_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:
+    corpus, index = write(tmp_path / "corpus", 100), str(tmp_path / "index")
+    with pytest.raises(ConfigError, match="index.nprobe is 9, but the index has 4 lists"):
+        library.build(corpus, index, IndexSpec(nlist=4, nprobe=9))
+    with pytest.raises(ConfigError, match="memory"):
+        library.build(corpus, index, SPEC, Goal(memory_limit_bytes=1000))
+    assert not (tmp_path / "index").exists()
+
+
+def test_nprobe_is_chosen_for_a_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So small an index would be searched whole.
+    monkeypatch.setattr("index_builder.spec._EXACT_ROWS", 100)
+    corpus, index = write(tmp_path / "corpus", 1500), str(tmp_path / "index")
+    goal = Goal(k=5, min_recall=0.9)
+    library.build(corpus, index, IndexSpec(nlist=30, shards=2), goal)
+    made = manifests.load(index, "index").properties
+    assert made["nprobe"] < made["nlist"] == 30
+    spec = JoinSpec(5)
+    found = library.join(index, str(tmp_path / "n"), spec)
+    certificate = library.evaluate(index, found, spec, Promise(0.9))
+    assert (certificate.k, certificate.nprobe, certificate.rows) == (5, made["nprobe"], 1500)
+    assert certificate.estimate >= certificate.lower_bound >= 0.9
+    with pytest.raises(FingerprintError, match="is not the join of .* with itself under this spec"):
+        library.evaluate(index, found, JoinSpec(6))
+
+
+def test_queries_longer_than_the_index_s_scale_are_refused(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "corpus", 200, normalize=False)
+    index = library.build(
+        corpus, str(tmp_path / "index"), IndexSpec(metric=Metric.EUCLIDEAN, nlist=4, nprobe=4)
+    )
+    asked = write(tmp_path / "asked", 40, seed=2, normalize=False)
+    made = library.make_queries(asked, index, str(tmp_path / "q"))
+    found = library.read_neighbors(
+        library.join(index, str(tmp_path / "n"), JoinSpec(3), queries_folder=made)
+    )
+    distances = ((clustered(40, 2)[:, None, :] - clustered(200)[None, :, :]) ** 2).sum(axis=2)
+    wanted = np.sort(distances, axis=1)[:, :3]
+    by_id = dict(zip(found["query_id"].to_pylist(), found["scores"].to_pylist(), strict=True))
+    scores = np.asarray([by_id[f"2-{row}"] for row in range(40)])
+    # Rounding to float16 moves a distance by about a thousandth.
+    assert np.abs(-scores - wanted).max() < 0.01 * wanted.max()
+    long = import_arrays(100 * clustered(5), list("abcde"), str(tmp_path / "long"), normalize=False)
+    with pytest.raises(DatasetError, match="longer"):
+        library.make_queries(long, index, str(tmp_path / "long-q"))
+    unit = write(tmp_path / "unit", 40, seed=2)
+    with pytest.raises(FingerprintError, match="normalize: the queries have True, the index False"):
+        library.make_queries(unit, index, str(tmp_path / "unit-q"))

@@ -1,0 +1,188 @@
+"""Exact scores, the error bound of products, and the test that decides which pairs are scored."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from index_builder import products, widening
+from index_builder.metrics import Metric
+from index_builder.products import NumpyProduct, fastest_product, timed_products
+from index_builder.tiles import Scoring, admission, error_bound, exact_dot, exact_score
+from index_builder.vectors import squared_norms, unit_float16
+
+METRICS = list(Metric)
+
+
+def exact(metric: Metric, unscale: float, q: NDArray[np.float16], x: NDArray[np.float16]) -> float:
+    """A pair's score from sums without any rounding (math.fsum)."""
+
+    def total(a: NDArray[np.float16], b: NDArray[np.float16]) -> float:
+        return math.fsum(float(i) * float(j) for i, j in zip(a, b, strict=True))
+
+    dot, q_norm, x_norm = total(q, x), total(q, q), total(x, x)
+    if metric is Metric.COSINE:
+        return float(np.float32(dot / np.sqrt(q_norm * x_norm)))
+    if metric is Metric.EUCLIDEAN:
+        return -float(np.float32((q_norm + x_norm - 2 * dot) * unscale))
+    return float(np.float32(dot * unscale))
+
+
+def scored(metric: Metric, unscale: float, q: NDArray[np.float16], x: NDArray[np.float16]) -> float:
+    """The same by the join's own code."""
+    norms = squared_norms(np.stack([q, x]))
+    dot = exact_dot(q.astype(np.float32), x.astype(np.float32))
+    return float(exact_score(metric.code, unscale, dot, norms[0], norms[1]))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [1, 3, 256, 1280])
+def test_scores_have_the_bits_of_sums_without_rounding(metric: Metric, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    vectors, _ = unit_float16(rng.uniform(-0.2, 1.0, size=(40, dim)))
+    for q, x in zip(vectors[:20], vectors[20:], strict=True):
+        assert scored(metric, 2.0**6, q, x) == exact(metric, 2.0**6, q, x)
+        order = rng.permutation(dim)
+        assert scored(metric, 1.0, q[order], x[order]) == scored(metric, 1.0, q, x)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_copy_scores_best_and_no_score_is_minus_zero(metric: Metric) -> None:
+    vectors, _ = unit_float16(np.random.default_rng(0).normal(size=(5, 30)))
+    best = {Metric.COSINE: 1.0, Metric.EUCLIDEAN: 0.0}
+    if metric in best:
+        assert {scored(metric, 1.0, row, row) for row in vectors} == {best[metric]}
+    zero, one = np.zeros(4, np.float16), np.asarray([0, 0, 1, 0], np.float16)
+    for q, x in ((zero, zero), (zero, -one), (one, np.asarray([-1, -1, 0, 0], np.float16))):
+        score = scored(metric, 1.0, q, x)
+        assert math.isfinite(score)
+        assert score != 0 or math.copysign(1.0, score) == 1.0
+
+
+@pytest.mark.parametrize("dim", [256, 1280])
+def test_error_bound_holds_for_sequential_float32_on_positive_vectors(dim: int) -> None:
+    rng = np.random.default_rng(0)
+    vectors, _ = unit_float16(rng.uniform(0.5, 1.0, size=(300, dim)))
+    q, x = vectors[:150].astype(np.float32), vectors[150:].astype(np.float32)
+    # np.cumsum adds one number after another, which loses the most.
+    fast = np.cumsum(q * x, axis=1, dtype=np.float32)[:, -1]
+    dots = (q.astype(np.float64) * x.astype(np.float64)).sum(axis=1)
+    lengths = np.sqrt(squared_norms(vectors[:150]) * squared_norms(vectors[150:]))
+    worst = (np.abs(fast - dots) / lengths).max()
+    assert worst <= error_bound(dim)
+    # Neither side of the comparison is empty: errors are real, and the bound is of their order.
+    assert worst > 2.0**-24
+    assert error_bound(dim) == pytest.approx(dim * 2.0**-24, rel=1e-3)
+
+
+def bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Numbers rounded to the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(numbers).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.astype(np.uint32).view(np.float32)
+
+
+def test_error_bound_holds_for_inputs_rounded_to_bfloat16() -> None:
+    rng = np.random.default_rng(1)
+    # Just above a power of two, where half a unit is the largest share of the number.
+    vectors = ((1 + rng.uniform(2.0**-9, 2.0**-8, size=(200, 256))) / 16).astype(np.float16)
+    wide = vectors.astype(np.float32)
+    fast = bfloat16(wide) @ bfloat16(wide).T
+    dots = wide.astype(np.float64) @ wide.astype(np.float64).T
+    norms = np.sqrt(squared_norms(vectors))
+    worst = (np.abs(fast - dots) / np.outer(norms, norms)).max()
+    assert 100 * error_bound(256) < worst <= error_bound(256, 2.0**-8)
+
+
+@pytest.mark.parametrize("product", [one.product for one in timed_products()], ids=lambda p: p.name)
+def test_products_of_this_machine_keep_the_bound(product: products.Product) -> None:
+    vectors, _ = unit_float16(np.random.default_rng(1).uniform(0.1, 1.0, size=(130, 1280)))
+    wide = vectors.astype(np.float32)
+    fast = np.full((50, 80), np.nan, dtype=np.float32)
+    with products.single_threaded():
+        product.multiply(wide[:50], wide[50:], fast)
+    norms = np.sqrt(squared_norms(vectors))
+    dots = wide[:50].astype(np.float64) @ wide[50:].astype(np.float64).T
+    assert (np.abs(fast - dots) <= error_bound(1280) * np.outer(norms[:50], norms[50:])).all()
+
+
+def test_the_fastest_product_is_measured_once_and_is_one_of_several() -> None:
+    timed = timed_products()
+    assert fastest_product() is timed[0].product
+    assert timed_products() is timed
+    rates = [one.flops for one in timed]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] > 1e8
+    # NumPy, and the libraries of NumPy and SciPy by themselves.
+    assert any(isinstance(one.product, NumpyProduct) for one in timed)
+    assert len(timed) >= 3
+
+
+def test_single_threaded_blocks_may_overlap() -> None:
+    def threads() -> set[int]:
+        info = products.threadpool_info()
+        return {library["num_threads"] for library in info if library["user_api"] == "blas"}
+
+    before = threads()
+    first, second = products.single_threaded(), products.single_threaded()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert threads() == {1}
+    second.__exit__(None, None, None)
+    assert threads() == before
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_pair_that_is_good_enough_fails_the_test(data: st.DataObject) -> None:
+    """However the product is off within its bound; and pairs that are clearly worse do fail."""
+    metric = data.draw(st.sampled_from(METRICS))
+    unscale = 1.0
+    if metric is not Metric.COSINE:
+        unscale = data.draw(st.sampled_from([1.0, 2.0**20, 2.0**-20]))
+    error = data.draw(st.sampled_from([0.0, 1e-5, 0.008]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    vectors, _ = unit_float16(rng.normal(size=(40, 3)))
+    if metric is not Metric.COSINE:
+        vectors = (vectors * rng.choice([0.0, 0.01, 0.5, 1.0], size=(40, 1))).astype(np.float16)
+    q, corpus = vectors[0], vectors[1:]
+    scores = np.asarray([scored(metric, unscale, q, x) for x in corpus], dtype=np.float32)
+    norms = squared_norms(corpus)
+    lengths = np.sqrt(norms).astype(np.float32)
+    offsets = (norms / 2 * (metric is Metric.EUCLIDEAN)).astype(np.float32)
+    q_norm = float(squared_norms(q[None])[0])
+    scoring = Scoring(metric.code, unscale, error)
+    dots = corpus.astype(np.float64) @ q.astype(np.float64)
+    off = error * np.sqrt(q_norm * norms)
+    for worst in scores:
+        a, b, floor = admission(
+            scoring, float(worst), q_norm, lengths.min(), lengths.max(), offsets.max()
+        )
+        for sign in (-1.0, 0.0, 1.0):
+            fast = (dots + sign * off * (1 - 2.0**-20)).astype(np.float32)
+            passes = ~(fast - a * lengths - offsets < b)
+            assert passes[scores >= worst].all()
+            key = fast / lengths if metric is Metric.COSINE else fast - offsets
+            assert (key[scores >= worst] >= floor).all()
+            assert not (key[passes] < floor).any()
+            # In units of the product, a score that is worse by more than twice the error fails.
+            unit = 2.0 if metric is Metric.EUCLIDEAN else 1.0
+            far = (worst - scores) / unscale / unit > 2.1 * error + 1e-5
+            assert not passes[far].any()
+
+
+def test_both_ways_of_widening_are_exact() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)][:63_000].reshape(-1, 63)
+    rows = np.random.default_rng(0).permutation(len(finite))
+    wanted = finite.astype(np.float32)[rows]
+    for hardware in {widening.HARDWARE_CONVERTS, False}:
+        out = np.empty(finite.shape, dtype=np.float32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(widening, "HARDWARE_CONVERTS", hardware)
+            widening.widen_rows(finite, rows, out)
+        np.testing.assert_array_equal(out.view(np.uint32), wanted.view(np.uint32))
