@@ -5,7 +5,7 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run-local test torture lint bench bench-embed clean venv lock
+.PHONY: help run-local test torture lint bench bench-embed bench-join clean venv lock
 
 # A path or name of Python 3.11 or 3.12; found among the installed ones when not given.
 PYTHON ?=
@@ -33,7 +33,7 @@ run-local: $(KITH) ## Set up if needed, then run the whole nightly path on the s
 test: $(KITH) $(DEVELOPMENT) ## Set up if needed, then run every test
 	$(RUN) -m pytest $(ARGS)
 
-torture: $(KITH) $(DEVELOPMENT) ## Kill and fuzz for longer than a test may take (KITH_KILLS, KITH_FUZZ_EXAMPLES, KITH_SEED)
+torture: $(KITH) $(DEVELOPMENT) ## Kill and fuzz for longer than a test may take (KITH_KILLS, KITH_FUZZ_EXAMPLES, KITH_BOUND_REPETITIONS, KITH_SEED)
 	$(RUN) -m pytest tests/torture --timeout 0 $(ARGS)
 
 lint: $(KITH) $(DEVELOPMENT) ## Check style, types and the direction of imports
@@ -47,6 +47,9 @@ bench: $(KITH) ## Time the stages on the sample beside the bare limits of this m
 
 bench-embed: $(KITH) $(DEVELOPMENT) ## Time embedding beside the limits of this machine and beside peers
 	$(RUN) -m benchmarks.embed $(ARGS)
+
+bench-join: $(KITH) $(DEVELOPMENT) ## Time the join beside the limit of the arithmetic and beside peers
+	$(RUN) -m benchmarks.join $(ARGS)
 
 venv: $(KITH) $(DEVELOPMENT) ## Only set up: .venv with Kith, the tests' and the linters' tools
 

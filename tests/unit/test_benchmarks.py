@@ -1,21 +1,41 @@
 """The parts of the benchmarks that are no measurement: images, records, environments, arithmetic."""
 
 import ast
+import dataclasses
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tensorflow.core.example import example_pb2
 
-from benchmarks import embed, figures, peer_runs, photographs
+from benchmarks import (
+    embed,
+    figures,
+    join_options,
+    join_parts,
+    peer_runs,
+    photographs,
+    products,
+    vectors,
+)
+from benchmarks.bfloat16_product import BFloat16Product
 from benchmarks.embed import Compared, chosen_shards, run_command, serial_limit
 from benchmarks.embed_parts import write_config
+from benchmarks.join_figures import COMMAND, KITH, LIBRARY, SEARCH, Product, Run, Summary
+from benchmarks.join_runs import JOIN_PEERS, lists_of
 from benchmarks.peer_runs import PEERS, Peer, SkippedError
+from benchmarks.peers import faiss_join, neighbors
 from benchmarks.peers.records import find_records, parse_example, read_record
+from index_builder import library
+from index_builder.errors import ConfigError
+from index_builder.join import JoinSpec
+from index_builder.spec import IndexSpec
 from transforms.encoders import efficientnet_lite0
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +185,7 @@ def test_a_peer_with_the_same_libraries_has_the_same_versions() -> None:
 # Environments and processes
 
 
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", [*PEERS, *JOIN_PEERS], ids=lambda peer: peer.name)
 def test_a_peers_module_is_there_and_all_is_pinned(peer: Peer) -> None:
     assert (ROOT / "benchmarks" / "peers" / f"{peer.module}.py").is_file()
     assert all("==" in requirement for requirement in peer.requirements)
@@ -253,7 +273,7 @@ def test_lists_of_options() -> None:
     ("arguments", "message"),
     [
         (["--peers", "torch,onnx"], "got 'onnx', wanted some of torch,beam,fastdup, or none"),
-        (["--shards", "9"], "--shards 1 to 4"),
+        (["--shards", "9"], "--shards 1 to 2"),
         (["--rounds", "0"], "--rounds must be at least 1"),
     ],
 )
@@ -303,3 +323,188 @@ def test_a_command_that_fails_is_skipped_with_what_it_printed(tmp_path: Path) ->
     config = write_config(path, str(tmp_path), str(tmp_path), "no_network", "tensorflow", "float32")
     with pytest.raises(SkippedError, match="no_network"):
         run_command(config, tmp_path)
+
+
+# The join: made vectors, exact neighbours, recall
+
+TINY = vectors.VectorSet(2_000, 32)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vectors.make_set(tmp_path_factory.mktemp("vectors"), TINY)
+
+
+def test_made_vectors_are_of_unit_length_and_made_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = np.load(made / "vectors.npy")
+    assert (matrix.shape, matrix.dtype) == ((2_000, 32), np.float16)
+    np.testing.assert_allclose(np.linalg.norm(matrix.astype(float), axis=1), 1, atol=1e-5)
+    assert (vectors.read_embeddings(str(made / "embeddings")) == matrix).all()
+    assert (vectors.Mixture(TINY).block(0, 2_000) == matrix).all()
+    monkeypatch.setattr(vectors, "Mixture", lambda made: pytest.fail("made again"))
+    assert vectors.make_set(made.parent, TINY) == made
+
+
+def test_other_numbers_are_another_set() -> None:
+    others = [
+        vectors.VectorSet(2_000, 33),
+        vectors.VectorSet(2_000, 32, seed=1),
+        vectors.VectorSet(2_000, 32, identical=0.05),
+        vectors.VectorSet(2_000, 32, content="abc"),
+    ]
+    assert len({each.folder_name for each in (TINY, *others)}) == 5
+
+
+def test_identical_rows_are_one_picture(tmp_path: Path) -> None:
+    place = vectors.make_set(tmp_path, vectors.VectorSet(400, 8, identical=0.05))
+    matrix = np.load(place / "vectors.npy")
+    assert (matrix == matrix[0]).all(axis=1).sum() == 21  # Row 0 and its 20 copies.
+
+
+def test_truth_is_what_brute_force_finds(made: Path) -> None:
+    matrix = np.load(made / "vectors.npy").astype(np.float64)
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    with np.load(made / "truth.npz") as truth:
+        queries, scores = truth["queries"], truth["scores"]
+    assert (len(queries), len(np.unique(queries))) == (1_000, 1_000)
+    every = matrix[queries] @ matrix.T
+    every[np.arange(len(queries)), queries] = -np.inf
+    np.testing.assert_allclose(scores, -np.sort(-every, axis=1)[:, :64], atol=1e-12)
+
+
+def test_recall_counts_each_right_neighbour_once(made: Path) -> None:
+    matrix = np.load(made / "vectors.npy").astype(np.float32)
+    every = matrix @ matrix.T
+    exact = np.argsort(-every, axis=1)[:, :6]
+    assert neighbors.recall(made, exact, 5) == 1.0
+    worst = np.argsort(every, axis=1)[:, :2]
+    padded = np.hstack([exact[:, :4], exact[:, 1:2], np.full((2_000, 1), -1), worst])
+    assert neighbors.recall(made, padded, 5) == pytest.approx(0.6, abs=0.001)
+    rows = np.asarray([0, 1])
+    known = set(neighbors.read_queries(made).tolist())
+    assert (neighbors.recall(made, exact[:2], 5, rows) is None) == (not known & {0, 1})
+
+
+def test_tuning_takes_the_first_setting_that_is_good_enough(made: Path) -> None:
+    matrix = np.load(made / "vectors.npy").astype(np.float32)
+    exact = np.argsort(-(matrix @ matrix.T), axis=1)
+
+    def search(rows: np.ndarray, setting: int) -> np.ndarray:
+        return exact[rows, :setting]
+
+    assert neighbors.tune(made, 0.75, 5, [2, 4, 5, 6], search) == 5
+    assert neighbors.tune(made, 1.1, 5, [2, 4], search) == 4
+
+
+# The join: methods, products, arithmetic
+
+
+@pytest.mark.parametrize(("rows", "lists"), [(1, 2), (1_890, 32), (20_000, 512), (200_000, 1024)])
+def test_lists_of_a_catalogue(rows: int, lists: int) -> None:
+    assert lists_of(rows) == lists
+
+
+@pytest.mark.parametrize("library", products.LIBRARIES)
+def test_every_product_that_is_timed_is_the_product(library: str) -> None:
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal((rows, 16), dtype=np.float32) for rows in (7, 5))
+    found = list(products.ways(library, 2))
+    assert "float32" in [precision for precision, _ in found]
+    for precision, (_, make) in found:
+        product = make(a, b)()
+        product = np.vstack(product) if isinstance(product, list) else np.asarray(product)
+        tolerance = 1e-4 if precision == "float32" else 0.2
+        np.testing.assert_allclose(product.astype(np.float32), a @ b.T, atol=tolerance)
+
+
+def run_part(part: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    join_parts.main([part, "--k", "5", "--threads", "2", *arguments])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_kith_and_faiss_find_the_same_over_the_same_lists(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = library.build(
+        str(made / "embeddings"), str(tmp_path / "index"), IndexSpec(nlist=32, nprobe=4)
+    )
+    given = ["--data", str(made), "--index", index, "--warm", index, "--out", str(tmp_path)]
+    kith = run_part("search", capsys, *given)
+    assert 0.5 < kith["recall"] <= 1
+    spec = JoinSpec(5, threads=2)
+    half = dataclasses.replace(spec, product=bfloat16_product())
+    exact = join_parts.search_index(index, spec)
+    assert (join_parts.search_index(index, half) == exact).all()
+    assert list(run_part("library", capsys, *given)["stages"]) == ["join"]
+    task = run_part("task", capsys, *given)
+    assert (task["queries"], task["rows"]) == (2_000, 2_000)
+    whole = run_part("whole", capsys, *given[:2], "--warm", index, "--out", str(tmp_path / "w"),
+                     "--nlist", "32", "--nprobe", "4")  # fmt: skip
+    assert list(whole["stages"]) == ["build", "search"]
+    assert whole["recall"] == kith["recall"]
+    centroids = str(tmp_path / "centroids.npy")
+    run_part("export-centroids", capsys, "--index", index, "--out", centroids)
+    for method in ("ivf", "batch"):
+        line = ["faiss_join", "--data", str(made), "--out", str(tmp_path), "--centroids", centroids]
+        line += ["--nlist", "32", "--nprobe", "4", "--k", "5", "--threads", "2"]
+        monkeypatch.setattr(sys, "argv", [*line, "--method", method, "--work", "search"])
+        faiss_join.main()
+        faiss = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert faiss["recall"] == pytest.approx(kith["recall"], abs=0.002)
+        assert faiss["pairs"] == pytest.approx(kith["pairs"], rel=0.001)
+
+
+def bfloat16_product() -> BFloat16Product | None:
+    """Returns the product, or none, which is the default, where the CPU has no bfloat16."""
+    try:
+        return BFloat16Product(2)
+    except ConfigError as error:
+        assert "OpenVINO has no bfloat16 on this CPU" in str(error)
+        return None
+
+
+def a_run(row: str, method: str, seconds: float, **more: Any) -> Run:
+    stages = more.pop("stages", {})
+    return Run("9 x 4", 4, 9, 0, row, method, seconds, stages, **more)
+
+
+def test_the_ratios_of_a_join() -> None:
+    runs = [
+        a_run(SEARCH, KITH, 4.0, pairs=50, recall=0.98),
+        a_run(SEARCH, KITH, 2.0, pairs=50, recall=0.96),
+        a_run(SEARCH, KITH, 3.0, pairs=50, recall=0.97),
+        a_run(SEARCH, "peer", 6.0, recall=0.97),
+        a_run(LIBRARY, KITH, 10.0),
+        a_run(COMMAND, KITH, 18.0, stages={"start": 7.0, "work": 11.0}),
+    ]
+    limits = [Product("9 x 4", "float32", rate, "numpy", "one call") for rate in (100.0, 200.0)]
+    summary = Summary(runs, limits)
+    ratios = {ratio.name: ratio for ratio in summary.ratios()}
+    # 2 x 4 operations for each of 50 pairs, 200 a second: 2 seconds.
+    assert ratios["9 x 4: limit / Kith, search only"].value == pytest.approx(2 / 3)
+    assert ratios["9 x 4: peer / Kith, search only"].value == pytest.approx(2.0)
+    assert ratios["9 x 4: peer / Kith, search only"].note == "recall 0.9700 against 0.9700: 1.0000"
+    # At most 5 seconds of a start are left out.
+    assert ratios["9 x 4: kith join / library call"].value == pytest.approx(1.3)
+    by_name = {figure.name: figure for figure in summary.figures()}
+    assert by_name["search only: peer"].ratio == pytest.approx(0.5)
+    assert by_name["limit, float32"].seconds == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "200000"], "got '200000', wanted sizes such as 200000x256, or sample"),
+        (["--peers", "annoy"], "got 'annoy', wanted some of ivf,batch,knn,autofaiss,hnswlib,scann"),
+        (["--rounds", "0"], "--rounds, --k and --nprobe must be at least 1"),
+    ],
+)
+def test_a_wrong_option_of_the_join_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        join_options.parse(arguments)
+    assert message in " ".join(capsys.readouterr().err.split())

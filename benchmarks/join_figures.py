@@ -1,0 +1,182 @@
+"""From the runs of `benchmarks.join` to its figures and ratios: medians, no measuring."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.embed import Ratio
+from benchmarks.figures import Figure
+
+# The two rows of every method, and what only Kith has.
+SEARCH, WHOLE, LIBRARY, COMMAND = "search only", "from vectors", "library call", "kith join"
+KITH, KITH_HALF = "Kith", "Kith, bfloat16"
+BATCH, IVF = "big_batch_search", "IndexIVFFlat"
+# So much of `kith join`'s start is no part of its work.
+MOST_STARTUP_SEC = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One measurement: of which set, seed and round, in which row, by which method."""
+
+    set: str
+    dim: int
+    rows: int
+    seed: int
+    row: str
+    method: str
+    seconds: float
+    stages: dict[str, float]
+    recall: float | None = None
+    peak_bytes: int | None = None
+    pairs: int | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A measured matrix product: operations a second, of which library, how called."""
+
+    set: str
+    precision: str
+    rate: float
+    library: str
+    way: str
+
+
+class Summary:
+    """The runs of all sets, and what follows from them."""
+
+    def __init__(self, runs: Sequence[Run], products: Sequence[Product]) -> None:
+        self._runs = runs
+        self._products = products
+        self.sets = list(dict.fromkeys(run.set for run in runs))
+
+    def seconds(self, name: str, row: str, method: str) -> float | None:
+        """Returns the median seconds of a method in a row, or None where it was not measured."""
+        found = [run.seconds for run in self._of(name, row) if run.method == method]
+        return statistics.median(found) if found else None
+
+    def _of(self, name: str, row: str) -> list[Run]:
+        return [run for run in self._runs if run.set == name and run.row == row]
+
+    def limit(self, name: str, precision: str) -> tuple[float, Product] | None:
+        """Returns the seconds that the pairs of a set take at the best measured product, and which."""
+        found = [p for p in self._products if p.set == name and p.precision == precision]
+        counted = [run for run in self._of(name, SEARCH) if run.method == KITH and run.pairs]
+        if not found or not counted:
+            return None
+        best = max(found, key=lambda product: product.rate)
+        pairs = statistics.median(run.pairs or 0 for run in counted)
+        return 2 * counted[0].dim * pairs / best.rate, best
+
+    def figures(self) -> list[Figure]:
+        """Returns a figure for every limit and every method, set by set."""
+        return [figure for name in self.sets for figure in self._figures(name)]
+
+    def _figures(self, name: str) -> Iterable[Figure]:
+        rows = next(run.rows for run in self._runs if run.set == name)
+        for precision in ("float32", "bfloat16"):
+            limit = self.limit(name, precision)
+            if limit is not None:
+                seconds, best = limit
+                note = f"{best.library}, {best.way}: {best.rate / 1e9:,.0f} GFLOP/s"
+                yield Figure(name, f"limit, {precision}", rows, "vectors", seconds, note=note)
+        for row in (SEARCH, WHOLE, LIBRARY, COMMAND):
+            runs = self._of(name, row)
+            kith = self.seconds(name, row, KITH)
+            for method in dict.fromkeys(run.method for run in runs):
+                mine = [run for run in runs if run.method == method]
+                seconds = statistics.median(run.seconds for run in mine)
+                figure = Figure(name, f"{row}: {method}", rows, "vectors", seconds, note=_note(mine))
+                if method != KITH and kith is not None:
+                    figure = figure.against(KITH, rows / kith)
+                yield figure
+
+    def ratios(self) -> list[Ratio]:
+        """Returns what Kith is held to, set by set, and how its cost grows over the sets."""
+        found = [ratio for name in self.sets for ratio in self._ratios(name)]
+        return found + list(self._growth())
+
+    def _ratios(self, name: str) -> Iterable[Ratio]:
+        for row, mine, precision in (
+            (SEARCH, KITH, "float32"),
+            (WHOLE, KITH, ""),
+            (SEARCH, KITH_HALF, "bfloat16"),
+        ):
+            kith = self.seconds(name, row, mine)
+            limit = self.limit(name, precision)
+            if limit is not None and kith:
+                yield Ratio(f"{name}: limit / {mine}, {row}", limit[0] / kith)
+            for method in dict.fromkeys(run.method for run in self._of(name, row)):
+                other = self.seconds(name, row, method)
+                if kith and other and method not in (KITH, KITH_HALF):
+                    note = self._recalls(name, row, method)
+                    yield Ratio(f"{name}: {method} / {mine}, {row}", other / kith, note)
+        command = [run for run in self._of(name, COMMAND) if run.method == KITH]
+        library = self.seconds(name, LIBRARY, KITH)
+        if command and library:
+            start = statistics.median(run.stages["start"] for run in command)
+            seconds = statistics.median(run.seconds for run in command)
+            work = seconds - min(start, MOST_STARTUP_SEC)
+            note = f"{seconds:.2f} s, less {min(start, MOST_STARTUP_SEC):.2f} of a start of {start:.2f}"
+            yield Ratio(f"{name}: kith join / library call", work / library, note)
+
+    def _recalls(self, name: str, row: str, method: str) -> str:
+        means = []
+        for each in (KITH, method):
+            runs = [run for run in self._of(name, row) if run.method == each]
+            known = [run.recall for run in runs if run.recall is not None]
+            if not known:
+                return ""
+            means.append(statistics.mean(known))
+        return f"recall {means[0]:.4f} against {means[1]:.4f}: {means[0] / means[1]:.4f}"
+
+    def _growth(self) -> Iterable[Ratio]:
+        """Yields the time of a pair-product for every dim that was measured at several sizes."""
+        costs: dict[int, list[tuple[int, float]]] = {}
+        for name in self.sets:
+            runs = [run for run in self._of(name, SEARCH) if run.method == KITH and run.pairs]
+            if runs and ", " not in name:  # Neither real sets nor those with identical rows.
+                cost = statistics.median(run.seconds / (run.pairs or 1) for run in runs)
+                costs.setdefault(runs[0].dim, []).append((runs[0].rows, cost))
+        for dim, measured in costs.items():
+            for rows, cost in measured:
+                if len(measured) > 1:
+                    yield Ratio(f"ns a pair, {rows:,} x {dim}", cost * 1e9)
+            if len(measured) > 1:
+                most, least = (choose(cost for _, cost in measured) for choose in (max, min))
+                yield Ratio(f"ns a pair, most / least, dim {dim}", most / least)
+
+
+def _note(runs: Sequence[Run]) -> str:
+    """Returns recall, memory, spread and the stages of a method's runs in words."""
+    parts = []
+    known = [run.recall for run in runs if run.recall is not None]
+    if known:
+        parts.append(f"recall {statistics.mean(known):.4f}")
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    if peaks:
+        parts.append(f"peak {max(peaks) / 2**20:,.0f} MiB")
+    if len(runs) > 1:
+        times = sorted(run.seconds for run in runs)
+        parts.append(f"{times[0]:.2f} to {times[-1]:.2f} s in {len(runs)}")
+    last = runs[-1]
+    if len(last.stages) > 1:
+        parts.append(" + ".join(f"{name} {seconds:.2f}" for name, seconds in last.stages.items()))
+    return "; ".join(parts + [last.note] * bool(last.note))
+
+
+def run_of(about: dict[str, Any], seed: int, row: str, method: str, found: dict[str, Any]) -> Run:
+    """Returns a run from what `benchmarks.vectors` said of a set and what a process printed.
+
+    Search only is the stage `search`; any other row is all of its stages.
+    """
+    stages = found["stages"]
+    seconds = stages["search"] if row == SEARCH else sum(stages.values())
+    kept = {"search": seconds} if row == SEARCH else stages
+    return Run(
+        about["name"], about["dim"], about["rows"], seed, row, method, seconds, kept,
+        found.get("recall"), found.get("peak_bytes"), found.get("pairs"), found.get("note", ""),
+    )  # fmt: skip
