@@ -146,6 +146,7 @@ def _declare(sgemm: Callable[..., None]) -> Callable[..., None]:
     Sizes go as 64 bits to libraries of 32 bits too: in registers and on the stack of x86-64 and
     AArch64 the lower half of a small number is the number.
     """
+    # To the type checker it is a plain function; in truth it is a ctypes one, which has both fields.
     size, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     sgemm.argtypes = [  # type: ignore[attr-defined]
         ctypes.c_int, ctypes.c_int, ctypes.c_int, size, size, size,

@@ -120,6 +120,7 @@ def exact_dot(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """
     total = 0.0
     for i in range(a.shape[0]):
+        # Numba has one 64-bit float; NumPy's stubs have two.
         total += np.float64(a[i] * b[i])  # type: ignore[assignment]
     return total
 
