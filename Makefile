@@ -30,8 +30,10 @@ help: ## Say what each command does
 run-local: $(KITH) ## Set up if needed, then run the whole nightly path on the sample catalogue
 	.venv/bin/kith nightly --config configs/local.yaml $(ARGS)
 
-test: $(KITH) $(DEVELOPMENT) ## Set up if needed, then run every test
-	$(RUN) -m pytest $(ARGS)
+# A module's tests share what its fixtures made, so each module stays in one process; the long ones
+# come first. `make test ARGS="-n 0"` uses one process.
+test: $(KITH) $(DEVELOPMENT) ## Set up if needed, then run every test, on as many processes as cores (4 at most)
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: $(KITH) $(DEVELOPMENT) ## Kill and fuzz for longer than a test may take (KITH_KILLS, KITH_FUZZ_EXAMPLES, KITH_BOUND_REPETITIONS, KITH_SEED)
 	$(RUN) -m pytest tests/torture --timeout 0 $(ARGS)

@@ -57,6 +57,7 @@ DEVELOPMENT = [
     "pydicom>=3.0,<4",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "types-PyYAML>=6.0.12",
     "uv>=0.5",

@@ -33,7 +33,7 @@ from benchmarks.peer_runs import (
     run_for_json,
     run_peer,
 )
-from benchmarks.photographs import DEFAULT_COUNT, DEFAULT_SHARDS, default_folder
+from benchmarks.photographs import CODINGS, DEFAULT_COUNT, DEFAULT_SHARDS, default_folder
 
 LITE0 = "efficientnet_lite0"
 ENGINES = ("tensorflow", "openvino")
@@ -126,7 +126,7 @@ class Bench:
         """Makes the catalogue where it is not yet, in a process that does not fatten this one."""
         command = [sys.executable, "-m", "benchmarks.photographs", "--count", str(count)]
         command += ["--shards", str(max(1, count // SHARD_IMAGES))]
-        command += ["--folder", str(self._options.folder)]
+        command += ["--coding", self._options.coding, "--folder", str(self._options.folder)]
         self._console.print(f"{count:,} photographs, from the cache or made now")
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         return done.stdout.strip()
@@ -387,6 +387,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         }
 
     parser.add_argument("--count", type=int, default=DEFAULT_COUNT, help="photographs to make")
+    parser.add_argument(
+        "--coding",
+        choices=CODINGS,
+        default=CODINGS[0],
+        help="of the photographs; turns: half progressive",
+    )
     parser.add_argument(
         "--shards", type=int, default=DEFAULT_SHARDS,
         help=f"take only so many of the {DEFAULT_SHARDS} shards, for a trial",

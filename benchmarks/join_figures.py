@@ -5,8 +5,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from benchmarks.embed import Ratio
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, show_figures, show_machine, speed
 
 # The two rows of every method, and what only Kith has.
 SEARCH, WHOLE, LIBRARY, COMMAND = "search only", "from vectors", "library call", "kith join"
@@ -32,17 +35,21 @@ class Run:
     peak_bytes: int | None = None
     pairs: int | None = None
     note: str = ""
+    # Seconds of all threads together, of the same work; `at_least`: it was stopped then.
+    cpu_seconds: float | None = None
+    at_least: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A measured matrix product: operations a second, of which library, how called."""
+    """A measured matrix product: operations a second, of which library, how called, at which dim."""
 
     set: str
     precision: str
     rate: float
     library: str
     way: str
+    dim: int
 
 
 class Summary:
@@ -55,8 +62,8 @@ class Summary:
 
     def seconds(self, name: str, row: str, method: str) -> float | None:
         """Returns the median seconds of a method in a row, or None where it was not measured."""
-        found = [run.seconds for run in self._of(name, row) if run.method == method]
-        return statistics.median(found) if found else None
+        found = _finished([run for run in self._of(name, row) if run.method == method])
+        return statistics.median(run.seconds for run in found) if found else None
 
     def _of(self, name: str, row: str) -> list[Run]:
         return [run for run in self._runs if run.set == name and run.row == row]
@@ -87,7 +94,7 @@ class Summary:
             runs = self._of(name, row)
             kith = self.seconds(name, row, KITH)
             for method in dict.fromkeys(run.method for run in runs):
-                mine = [run for run in runs if run.method == method]
+                mine = _finished([run for run in runs if run.method == method])
                 seconds = statistics.median(run.seconds for run in mine)
                 figure = Figure(name, f"{row}: {method}", rows, "vectors", seconds, note=_note(mine))
                 if method != KITH and kith is not None:
@@ -112,16 +119,28 @@ class Summary:
             for method in dict.fromkeys(run.method for run in self._of(name, row)):
                 other = self.seconds(name, row, method)
                 if kith and other and method not in (KITH, KITH_HALF):
-                    note = self._recalls(name, row, method)
+                    stopped = all(run.at_least for run in self._of(name, row) if run.method == method)
+                    note = "at least" if stopped else self._recalls(name, row, method)
                     yield Ratio(f"{name}: {method} / {mine}, {row}", other / kith, note)
+        yield from self._command(name)
+
+    def _command(self, name: str) -> Iterable[Ratio]:
+        """Yields `kith join` against the library: by the clock, and by the CPU time of both."""
         command = [run for run in self._of(name, COMMAND) if run.method == KITH]
-        library = self.seconds(name, LIBRARY, KITH)
-        if command and library:
-            start = statistics.median(run.stages["start"] for run in command)
-            seconds = statistics.median(run.seconds for run in command)
+        bare = self._of(name, LIBRARY)
+        if command and bare:
+            # A difference of two short times: the fastest of each, which the machine disturbed least.
+            start = min(run.stages["start"] for run in command)
+            seconds = min(run.seconds for run in command)
+            library = min(run.seconds for run in bare)
             work = seconds - min(start, MOST_STARTUP_SEC)
             note = f"{seconds:.2f} s, less {min(start, MOST_STARTUP_SEC):.2f} of a start of {start:.2f}"
             yield Ratio(f"{name}: kith join / library call", work / library, note)
+        used = [[run.cpu_seconds for run in runs if run.cpu_seconds] for runs in (command, bare)]
+        if all(used):
+            mine, other = (statistics.median(each) for each in used)
+            note = f"{mine:.2f} s of all threads beyond a tiny index's, against {other:.2f}"
+            yield Ratio(f"{name}: kith join / library call, CPU time", mine / other, note)
 
     def _recalls(self, name: str, row: str, method: str) -> str:
         means = []
@@ -134,20 +153,26 @@ class Summary:
         return f"recall {means[0]:.4f} against {means[1]:.4f}: {means[0] / means[1]:.4f}"
 
     def _growth(self) -> Iterable[Ratio]:
-        """Yields the time of a pair-product for every dim that was measured at several sizes."""
+        """Yields the time of a pair and dimension for every dim that was measured at several sizes."""
         costs: dict[int, list[tuple[int, float]]] = {}
         for name in self.sets:
             runs = [run for run in self._of(name, SEARCH) if run.method == KITH and run.pairs]
             if runs and ", " not in name:  # Neither real sets nor those with identical rows.
-                cost = statistics.median(run.seconds / (run.pairs or 1) for run in runs)
+                products = statistics.median(run.pairs or 1 for run in runs) * runs[0].dim
+                cost = statistics.median(run.seconds for run in runs) / products
                 costs.setdefault(runs[0].dim, []).append((runs[0].rows, cost))
         for dim, measured in costs.items():
-            for rows, cost in measured:
+            for rows, cost in sorted(measured):
                 if len(measured) > 1:
-                    yield Ratio(f"ns a pair, {rows:,} x {dim}", cost * 1e9)
+                    yield Ratio(f"ps a pair and dimension, {rows:,} x {dim}", cost * 1e12)
             if len(measured) > 1:
                 most, least = (choose(cost for _, cost in measured) for choose in (max, min))
-                yield Ratio(f"ns a pair, most / least, dim {dim}", most / least)
+                yield Ratio(f"ps a pair and dimension, most / least, dim {dim}", most / least)
+
+
+def _finished(runs: list[Run]) -> list[Run]:
+    """Returns the runs that came to their end, or all where none did."""
+    return [run for run in runs if not run.at_least] or runs
 
 
 def _note(runs: Sequence[Run]) -> str:
@@ -179,4 +204,21 @@ def run_of(about: dict[str, Any], seed: int, row: str, method: str, found: dict[
     return Run(
         about["name"], about["dim"], about["rows"], seed, row, method, seconds, kept,
         found.get("recall"), found.get("peak_bytes"), found.get("pairs"), found.get("note", ""),
+        found.get("cpu_seconds"), found.get("at_least", False),
     )  # fmt: skip
+
+
+def show(
+    machine: dict[str, Any], figures: list[Figure], ratios: list[Ratio], skipped: dict[str, str],
+    console: Console,
+) -> None:  # fmt: skip
+    """Prints the figures, then the ratios, then what was skipped."""
+    show_machine(machine, console)
+    show_figures(figures, console)
+    table = Table("ratio", "value", "note")
+    for ratio in ratios:
+        value = f"{ratio.value:.3f}" if ratio.value < 10 else speed(ratio.value)
+        table.add_row(ratio.name, value, ratio.note)
+    console.print(table)
+    for name, reason in skipped.items():
+        console.print(f"skipped: {name}: {reason}", markup=False)

@@ -8,7 +8,20 @@ from benchmarks.photographs import default_folder
 
 SAMPLE = "sample"
 SIZES = ("200000x256", "200000x1280", "1000000x256", SAMPLE)
-MEMORY_SIZES = ("250000x256", "1000000x256")
+GROWTH_SIZES = ("50000x256", "200000x256", "1000000x256")
+MEMORY_SIZES = ("100000x256", "400000x256")
+# Sets of more rows are measured with one seed, and short turns once.
+LARGE_ROWS = 500_000
+SEARCH_SECONDS, PEER_SECONDS = 30.0, 600.0
+PARTS = {
+    "search": "the search alone, by Kith and FAISS, and its limit",
+    "vectors": "from vectors to neighbours, by Kith and FAISS",
+    "beam": "kith join beside the bare library call",
+    "growth": "the time of a pair at several sizes",
+    "identical": "a set with identical vectors beside one without",
+    "memory": "the memory of a join task at several sizes",
+    "peers": "peers with environments of their own, both rows; they come last",
+}
 K, NPROBE = 21, 16
 SEEDS = (0, 1, 2)
 IDENTICAL = 0.05
@@ -19,6 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.join",
         description="Times the join beside the limit of the arithmetic and beside peers.",
+        epilog="Parts: " + "; ".join(f"{name}: {what}" for name, what in PARTS.items()) + ".",
     )
 
     def sizes(text: str) -> tuple[str, ...]:
@@ -40,6 +54,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         return chosen
 
+    def parts(text: str) -> tuple[str, ...]:
+        chosen = tuple(part for part in text.split(",") if part not in ("", "none"))
+        wrong = [part for part in chosen if part not in PARTS]
+        if wrong:
+            raise argparse.ArgumentTypeError(
+                f"got {wrong[0]!r}, wanted some of {','.join(PARTS)}, or none"
+            )
+        return chosen
+
     def seeds(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
 
@@ -57,7 +80,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="also the vectors of an embeddings dataset; may be repeated",
     )
-    parser.add_argument("--seeds", type=seeds, default=SEEDS, metavar="A,B")
+    parser.add_argument(
+        "--only", type=parts, default=tuple(PARTS), metavar="PART,...", help="default: all parts"
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        metavar="FILE",
+        help="add each measurement to this file at once; what it holds already is shown, too",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=seeds,
+        default=SEEDS,
+        metavar="A,B",
+        help=f"of made sets; those of more than {LARGE_ROWS:,} rows take the first alone",
+    )
     parser.add_argument("--rounds", type=int, default=1, help="for each seed")
     parser.add_argument(
         "--peers",
@@ -66,32 +104,48 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="A,B",
         help=f"of {','.join(PEER_NAMES)}; or none",
     )
+    parser.add_argument(
+        "--search-seconds",
+        type=float,
+        default=SEARCH_SECONDS,
+        metavar="SEC",
+        help="a longer search of a peer is measured on a sample of the queries, and multiplied",
+    )
+    parser.add_argument(
+        "--peer-seconds",
+        type=float,
+        default=PEER_SECONDS,
+        metavar="SEC",
+        help="a peer with its own environment is stopped then: it takes so long at least",
+    )
     parser.add_argument("--k", type=int, default=K)
     parser.add_argument("--nprobe", type=int, default=NPROBE)
     parser.add_argument(
         "--identical",
         type=float,
         default=IDENTICAL,
-        help="share of identical vectors in one more set; 0: none",
+        help="share of identical vectors in that part; 0: none",
     )
+    parser.add_argument("--growth", type=sizes, default=GROWTH_SIZES, metavar="NxD,...",
+                        help=f"sets of that part; default {','.join(GROWTH_SIZES)}")  # fmt: skip
     parser.add_argument(
         "--memory",
         type=sizes,
-        nargs="?",
-        const=MEMORY_SIZES,
-        default=(),
+        default=MEMORY_SIZES,
         metavar="NxD,...",
-        help="also the memory of one join task at several sizes",
+        help=f"sets of that part; default {','.join(MEMORY_SIZES)}",
     )
     parser.add_argument(
         "--folder",
         type=Path,
         default=default_folder(),
-        help="vectors, scratch and environments of peers",
+        help="vectors, indexes, scratch and environments of peers",
     )
     parser.add_argument("--json", action="store_true",
                         help="print one JSON object instead of tables")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.k < 1 or options.nprobe < 1:
         parser.error("--rounds, --k and --nprobe must be at least 1")
+    if SAMPLE in (*options.growth, *options.memory):
+        parser.error(f"--growth and --memory take sizes, not {SAMPLE}")
     return options

@@ -6,7 +6,6 @@ machine.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -18,11 +17,14 @@ from numpy.typing import NDArray
 
 from benchmarks.peers.neighbors import Clock, peak_bytes, recall
 from benchmarks.vectors import EMBEDDINGS_FOLDER
-from index_builder import embeddings, library
+from index_builder import library
+from index_builder.datasets import embeddings
 from index_builder.errors import KithError
-from index_builder.join import JoinSpec, Queries, join_shard, search_shards
-from index_builder.shards import IndexDataset, open_index, open_shard, read_shard_table
-from index_builder.spec import IndexSpec
+from index_builder.index.shards import IndexDataset, open_index, open_shard, read_shard_table
+from index_builder.index.spec import IndexSpec
+from index_builder.scoring import products
+from index_builder.scoring.products import Product
+from index_builder.search.join import JoinSpec, Queries, join_shard, search_shards
 
 
 def search_index(folder: str, spec: JoinSpec) -> NDArray[np.int64]:
@@ -77,18 +79,33 @@ def _found(options: argparse.Namespace, folder: str, found: NDArray[np.int64]) -
     }
 
 
+def choose_product(precision: str, threads: int) -> Product:
+    """Returns the product that a row is measured with: the fastest of Kith's of that precision.
+
+    In bfloat16 that is the CPU's own where it has one, else OpenVINO's. Raises ConfigError on a CPU
+    without bfloat16.
+    """
+    if precision == "float32":
+        return products.timed_products()[0].product
+    offered = products.timed_bfloat16_products()
+    if offered:
+        return offered[0].product
+    from benchmarks.bfloat16_product import BFloat16Product
+
+    return BFloat16Product(threads)
+
+
 def search(options: argparse.Namespace) -> dict[str, Any]:
     """Times the search over a finished index."""
-    spec = JoinSpec(options.k, threads=options.threads)
-    if options.precision == "bfloat16":
-        from benchmarks.bfloat16_product import BFloat16Product
-
-        spec = dataclasses.replace(spec, product=BFloat16Product(options.threads))
+    product = choose_product(options.precision, options.threads)
+    spec = JoinSpec(options.k, threads=options.threads, product=product)
     search_index(options.warm, spec)
     clock = Clock()
     with clock.stage("search"):
         found = search_index(options.index, spec)
-    return {"stages": clock.stages, **_found(options, options.index, found)}
+    about = _found(options, options.index, found)
+    about["note"] += f", {product.name}"
+    return {"stages": clock.stages, "cpu_seconds": clock.cpu_seconds, **about}
 
 
 def library_join(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,12 +115,18 @@ def library_join(options: argparse.Namespace) -> dict[str, Any]:
     clock = Clock()
     with clock.stage("join"):
         library.join(options.index, str(Path(options.out) / "neighbors"), spec)
-    return {"stages": clock.stages, "peak_bytes": peak_bytes(), "note": "Parquet in and out"}
+    return {
+        "stages": clock.stages,
+        "cpu_seconds": clock.cpu_seconds,
+        "peak_bytes": peak_bytes(),
+        "note": "Parquet in and out",
+    }
 
 
 def whole(options: argparse.Namespace) -> dict[str, Any]:
     """Times everything from the embeddings' Parquet to neighbours, with the library alone."""
-    spec = JoinSpec(options.k, threads=options.threads)
+    product = choose_product(options.precision, options.threads)
+    spec = JoinSpec(options.k, threads=options.threads, product=product)
     search_index(options.warm, spec)
     clock = Clock()
     source, folder = f"{options.data}/{EMBEDDINGS_FOLDER}", f"{options.out}/index"

@@ -54,10 +54,14 @@ class Catalogue:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One run of a `kith` command: what it printed, and what its process took."""
+    """One run of a `kith` command: what it printed, and what its process took.
+
+    `cpu_seconds` is the time of all its threads.
+    """
 
     result: dict[str, Any]
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -92,7 +96,12 @@ def run_kith(
     with (workspace / "stdout").open("w+") as out, (workspace / "stderr").open("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen([*line, *arguments], stdout=out, stderr=errors, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:
+            process.kill()
+            process.wait()
+            raise
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -100,4 +109,5 @@ def run_kith(
         if process.returncode != 0:
             raise SkippedError(f"kith {command} failed: {errors.read().strip()[-2000:]}")
         # Linux counts kibibytes.
-        return Command(json.loads(out.read()), seconds, usage.ru_maxrss * 1024)
+        cpu_seconds = usage.ru_utime + usage.ru_stime
+        return Command(json.loads(out.read()), seconds, cpu_seconds, usage.ru_maxrss * 1024)

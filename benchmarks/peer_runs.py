@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,31 @@ RUN_TIMEOUT_SEC = 1800
 
 class SkippedError(Exception):
     """A measurement that cannot be made here; the text says why."""
+
+
+class StoppedError(SkippedError):
+    """A measurement that took longer than it may; `lines` is what it had printed until then."""
+
+    def __init__(self, seconds: float, lines: Sequence[str]) -> None:
+        super().__init__(f"failed: stopped after {seconds:g} seconds")
+        self.lines = lines
+        self._stopped = time.time()
+
+    def stages(self) -> dict[str, float]:
+        """Returns the seconds of the stages that had begun, as benchmarks.peers.neighbors.Clock tells.
+
+        That of the stage that was running is what it had taken so far.
+        """
+        found: dict[str, float] = {}
+        for line in self.lines:
+            if not line.startswith('{"clock"'):
+                continue
+            clock = json.loads(line)["clock"]
+            found = dict(clock["stages"])
+            if clock["running"] is not None:
+                name = clock["running"]
+                found[name] = found.get(name, 0.0) + self._stopped - clock["at"]
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +163,8 @@ def run_peer(python: str, peer: Peer, run: PeerRun, shards: str, network: str | 
 def run_for_json(command: Sequence[str], timeout_sec: float) -> dict[str, Any]:
     """Runs a command in the repository and returns the object that its last line holds.
 
-    Raises SkippedError when the command fails or ends with another line.
+    Raises SkippedError when the command fails or ends with another line, StoppedError when it takes
+    longer than `timeout_sec`.
     """
     environment = os.environ | {"SENTRY_OPT_OUT": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     try:
@@ -153,6 +180,12 @@ def run_for_json(command: Sequence[str], timeout_sec: float) -> dict[str, Any]:
         # A progress bar may stand on the same line.
         line = done.stdout.strip().rpartition("\n")[2]
         found = json.loads(line[line.index("{") :])
+    except subprocess.TimeoutExpired as error:
+        # Python decodes the output of a process that ends by itself only.
+        printed = error.stdout or b""
+        text = printed if isinstance(printed, str) else printed.decode(errors="replace")
+        # The last line may be half of one.
+        raise StoppedError(timeout_sec, text.split("\n")[:-1]) from error
     except (OSError, subprocess.SubprocessError) as error:
         raise SkippedError(f"failed: {_last_line(error)}") from error
     except ValueError as error:

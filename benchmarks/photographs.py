@@ -30,6 +30,8 @@ DEFAULT_SHARDS = 2
 LONG_SIDE, SHORT_SIDE = 800, 600
 QUALITIES = (75, 85, 92)
 SMALLEST_CROP, LARGEST_CROP = 0.55, 0.95
+# `turns`: baseline and progressive take turns, which is what photographs in the wild are like.
+CODINGS = ("turns", "baseline")
 # Raised when the same numbers give other images than before.
 REVISION = 1
 
@@ -51,11 +53,11 @@ def load_originals(folder: Path = ORIGINALS) -> list[Image.Image]:
     return originals
 
 
-def make_photograph(number: int, originals: list[Image.Image]) -> bytes:
+def make_photograph(number: int, originals: list[Image.Image], coding: str = "turns") -> bytes:
     """Returns one JPEG: a random crop of 55 to 95 % of a photograph's sides, at 800 x 600 px.
 
-    Photographs, qualities and baseline or progressive coding take turns; an upright photograph
-    stays upright (600 x 800).
+    Photographs and qualities take turns, and by default baseline and progressive coding; an upright
+    photograph stays upright (600 x 800).
     """
     original = originals[number % len(originals)]
     random = np.random.default_rng([REVISION, number])
@@ -71,7 +73,8 @@ def make_photograph(number: int, originals: list[Image.Image]) -> bytes:
     found = original.resize(size, Image.Resampling.BICUBIC, box=box)
     data = io.BytesIO()
     quality = QUALITIES[turn % len(QUALITIES)]
-    found.save(data, "JPEG", quality=quality, progressive=bool(turn // len(QUALITIES) % 2))
+    progressive = coding == "turns" and bool(turn // len(QUALITIES) % 2)
+    found.save(data, "JPEG", quality=quality, progressive=progressive)
     return data.getvalue()
 
 
@@ -86,16 +89,21 @@ def shard_numbers(count: int, shards: int) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def catalogue_name(count: int, shards: int) -> str:
+def catalogue_name(count: int, shards: int, coding: str = "turns") -> str:
     """Returns the name of a catalogue's folder: it changes with everything that decides its bytes."""
     digest = hashlib.sha256(f"{REVISION} {PIL.__version__}".encode())
     for path in sorted(ORIGINALS.glob("*.jpg")):
         digest.update(path.read_bytes())
-    return f"photographs-{count}-{shards}-{digest.hexdigest()[:8]}"
+    kind = "photographs" if coding == "turns" else f"photographs-{coding}"
+    return f"{kind}-{count}-{shards}-{digest.hexdigest()[:8]}"
 
 
 def make_catalogue(
-    folder: Path, count: int, shards: int, say: Callable[[str], None] = lambda text: None
+    folder: Path,
+    count: int,
+    shards: int,
+    say: Callable[[str], None] = lambda text: None,
+    coding: str = "turns",
 ) -> Path:
     """Writes the shards into a folder of their own below `folder`, unless they are there already.
 
@@ -104,7 +112,7 @@ def make_catalogue(
     """
     if not 1 <= shards <= count:
         raise ValueError(f"count is {count} and shards {shards}, wanted at least one image a shard.")
-    place = folder / catalogue_name(count, shards)
+    place = folder / catalogue_name(count, shards, coding)
     if (place / "catalogue.json").is_file():
         return place
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +122,7 @@ def make_catalogue(
         total = 0
         for shard, numbers in enumerate(shard_numbers(count, shards)):
             path = writing / f"images-{shard:05d}-of-{shards:05d}.tfrecord"
-            total += _write_shard(path, numbers, originals)
+            total += _write_shard(path, numbers, originals, coding)
             say(f"{numbers.stop:,} of {count:,} photographs")
         about = {"images": count, "shards": shards, "jpeg_bytes": total, "pillow": PIL.__version__}
         (writing / "catalogue.json").write_text(json.dumps(about) + "\n")
@@ -128,14 +136,14 @@ def make_catalogue(
     return place
 
 
-def _write_shard(path: Path, numbers: range, originals: list[Image.Image]) -> int:
+def _write_shard(path: Path, numbers: range, originals: list[Image.Image], coding: str) -> int:
     """Writes one TFRecord file and returns the bytes of its JPEGs."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
     total = 0
     with tf.io.TFRecordWriter(str(path)) as writer:
-        for number, data in zip(numbers, _photographs(numbers, originals), strict=True):
+        for number, data in zip(numbers, _photographs(numbers, originals, coding), strict=True):
             example = tf.train.Example()
             features = example.features.feature
             features["image/encoded"].bytes_list.value.append(data)
@@ -145,9 +153,9 @@ def _write_shard(path: Path, numbers: range, originals: list[Image.Image]) -> in
     return total
 
 
-def _photographs(numbers: range, originals: list[Image.Image]) -> Iterator[bytes]:
+def _photographs(numbers: range, originals: list[Image.Image], coding: str) -> Iterator[bytes]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield from pool.map(lambda number: make_photograph(number, originals), numbers)
+        yield from pool.map(lambda number: make_photograph(number, originals, coding), numbers)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -155,11 +163,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.photographs", description=__doc__)
     parser.add_argument("--count", type=int, default=DEFAULT_COUNT, help="how many images")
     parser.add_argument("--shards", type=int, default=DEFAULT_SHARDS, help="in how many files")
+    parser.add_argument("--coding", choices=CODINGS, default=CODINGS[0], help="of the JPEGs")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="where to keep them")
     options = parser.parse_args(arguments)
     try:
         place = make_catalogue(
-            options.folder, options.count, options.shards, lambda text: print(text, file=sys.stderr)
+            options.folder,
+            options.count,
+            options.shards,
+            lambda text: print(text, file=sys.stderr),
+            options.coding,
         )
     except ValueError as error:
         parser.error(str(error))

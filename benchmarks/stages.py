@@ -105,8 +105,8 @@ class Bench:
     def _time_join(self, folder: str) -> list[Figure]:
         import faiss
 
-        from index_builder.join import JoinSpec, join_shard
-        from index_builder.shards import open_index, open_shard
+        from index_builder.index.shards import open_index, open_shard
+        from index_builder.search.join import JoinSpec, join_shard
 
         index = open_index(folder)
         spec = JoinSpec(K)

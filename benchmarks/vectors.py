@@ -100,7 +100,7 @@ class Mixture:
 
     def block(self, number: int, rows: int) -> NDArray[np.float16]:
         """Returns a block of unit vectors, float16 [rows, d]; it depends on its number alone."""
-        from index_builder.vectors import unit_float16
+        from index_builder.scoring.vectors import unit_float16
 
         random = np.random.default_rng([*self._key, number])
         drawn = np.searchsorted(self._shares, random.random(rows))
@@ -161,7 +161,7 @@ def _write_mixture(path: Path, vectors: VectorSet) -> NDArray[np.float16]:
 
 def describe_embeddings(folder: str) -> tuple[int, int, str]:
     """Returns the rows, the dim and the digest of an embeddings dataset."""
-    from index_builder import embeddings, manifests
+    from index_builder.datasets import embeddings, manifests
 
     source = manifests.load(folder, embeddings.KIND)
     return source.rows, embeddings.load_dim(source), source.content
@@ -169,7 +169,7 @@ def describe_embeddings(folder: str) -> tuple[int, int, str]:
 
 def read_embeddings(folder: str) -> NDArray[np.float16]:
     """Returns the vectors of an embeddings dataset, float16 [n, d]."""
-    from index_builder import embeddings, manifests
+    from index_builder.datasets import embeddings, manifests
 
     source = manifests.load(folder, embeddings.KIND)
     blocks = [
@@ -183,9 +183,9 @@ def read_embeddings(folder: str) -> NDArray[np.float16]:
 
 def _write_embeddings(folder: Path, matrix: NDArray[np.float16]) -> None:
     """Writes the rows as an embeddings dataset; `row` is the row of the matrix."""
-    from index_builder import embeddings, manifests
-    from index_builder.embeddings import EmbeddingSchema
-    from index_builder.manifests import Manifest, Part
+    from index_builder.datasets import embeddings, manifests
+    from index_builder.datasets.embeddings import EmbeddingSchema
+    from index_builder.datasets.manifests import Manifest, Part
 
     folder.mkdir()
     schema = EmbeddingSchema(matrix.shape[1])
@@ -214,7 +214,7 @@ def exact_neighbors(matrix: NDArray[np.float16], seed: int) -> dict[str, NDArray
 
     `queries` int64 [m], ascending; `scores` float64 [m, depth], the best cosines, best first.
     """
-    from index_builder.sampling import sample_rows
+    from index_builder.datasets.sampling import sample_rows
 
     queries = sample_rows(len(matrix), TRUTH_QUERIES, seed)
     wide = matrix[queries].astype(np.float32)

@@ -8,30 +8,44 @@ made here can be read by the pipelines and the other way round.
 import numpy as np
 import pyarrow as pa
 
-from index_builder import building, embeddings, joining, manifests, neighbors, plan, queries, shards
-from index_builder.building import BuildSpec
-from index_builder.calibration import CalibrationSpec
-from index_builder.conditions import Condition
+from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.suspects import drop_suspects
+from index_builder.datasets.unique_ids import check_unique_ids
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
-from index_builder.evaluation import measure_recall
-from index_builder.exclusions import ExclusionSpec
-from index_builder.importing import import_arrays, import_vectors, refuse_other
-from index_builder.join import JoinSpec
-from index_builder.joining import JoinTask
-from index_builder.metrics import Metric
-from index_builder.queries import QueriesSpec
-from index_builder.recall import Certificate, Promise
-from index_builder.rules import JoinRules
-from index_builder.settled_join import SettledJoin, settle_join
-from index_builder.shards import IndexDataset, open_index
-from index_builder.short_rows import count_all
-from index_builder.spec import Goal, IndexSpec, TransformSpec
-from index_builder.training import load_trained
-from index_builder.unique_ids import check_unique_ids
+from index_builder.index import shards
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.index.spec import Encoding, Goal, IndexSpec, TransformSpec
+from index_builder.index.training import load_trained
+from index_builder.recall.calibration import CalibrationSpec
+from index_builder.recall.evaluation import measure_recall
+from index_builder.recall.recall import Certificate, Promise
+from index_builder.rules.conditions import Condition
+from index_builder.rules.exclusions import ExclusionSpec, find_exclusions
+from index_builder.rules.rules import JoinRules
+from index_builder.scoring.metrics import Metric
+from index_builder.search import neighbors
+from index_builder.search.corpus import Corpus
+from index_builder.search.join import JoinSpec, open_joined
+from index_builder.search.short_rows import count_all
+from index_builder.steps import (
+    build_spec,
+    building,
+    index_manifest,
+    joining,
+    nprobe_choice,
+    plan,
+    queries,
+)
+from index_builder.steps.build_spec import BuildSpec
+from index_builder.steps.importing import import_arrays, import_vectors, refuse_other
+from index_builder.steps.joining import JoinTask
+from index_builder.steps.queries import QueriesSpec
+from index_builder.steps.settled_join import SettledJoin, settle_join
 
 __all__ = [
     "Certificate",
     "Condition",
+    "Encoding",
     "ExclusionSpec",
     "Goal",
     "IndexSpec",
@@ -58,23 +72,25 @@ def build(
     *,
     promise: Promise | None = None,
     rules: JoinRules = JoinRules(),  # noqa: B008 (frozen)
+    exclusions: ExclusionSpec | None = None,
 ) -> str:
     """Trains and shards the index of an embeddings dataset; returns its folder.
 
     `goal` is what the choices aim at that `spec` leaves open: k, recall, memory. Where it states a
-    recall, nprobe is chosen on a sample of queries under the rules, by `promise` (default: of that
-    recall).
+    recall, nprobe is chosen on a sample of queries under the rules and without the excluded pairs, by
+    `promise` (default: of that recall).
 
-    Raises ConfigError for an index that cannot be built, DatasetError for embeddings that cannot be
-    indexed; before any work where that can be known.
+    Raises ConfigError for an index that cannot be built and for excluded pairs that are not there,
+    DatasetError for embeddings that cannot be indexed; before any work where that can be known.
     """
     source = _load_embeddings(embeddings_folder)
     resolved = spec.resolve(source.rows, embeddings.load_dim(source), goal)
     plan.check_memory(resolved, plan.describe_source(embeddings_folder, source))
     calibration = None
     if goal.min_recall and spec.nprobe is None and resolved.nprobe < resolved.nlist:
-        calibration = CalibrationSpec(promise or Promise(goal.min_recall), goal.k, rules)
-    identity = building.index_identity(source, spec, None, goal, calibration)
+        files = None if exclusions is None else find_exclusions(exclusions)
+        calibration = CalibrationSpec(promise or Promise(goal.min_recall), goal.k, rules, files)
+    identity = build_spec.index_identity(source, spec, None, goal, calibration)
     if _is_there(index_folder, shards.KIND, identity):
         return index_folder
     check_unique_ids(embeddings_folder, source.parts)
@@ -82,13 +98,13 @@ def build(
         embeddings_folder, source.parts, resolved, index_folder, identity, calibration=calibration
     )
     trained = load_trained(building.train(graph))
-    building.calibrate(graph, trained)
+    nprobe_choice.calibrate(graph, trained)
     sizes = [building.assign(graph, number, trained) for number in range(len(source.parts))]
     list_sizes = np.sum(sizes, axis=0, dtype=np.int64)
     layout = building.plan(graph, list_sizes)
     built = [building.build(graph, shard, trained) for shard in range(layout.shards)]
-    building.describe_shared(list_sizes, graph, built)
-    manifests.commit(index_folder, building.index_manifest(graph, source))
+    index_manifest.describe_shared(list_sizes, graph, built)
+    manifests.commit(index_folder, index_manifest.index_manifest(graph, source))
     return index_folder
 
 
@@ -145,7 +161,7 @@ def join(
     ConfigError for a column that is not there or a rule that does not fit, DatasetError for damaged
     files and unknown ids of excluded pairs.
     """
-    index = open_index(index_folder)
+    index = open_joined(index_folder, spec)
     manifests.require_files(index_folder, index.manifest)
     asked = None if queries_folder is None else queries.open_queries(queries_folder)
     if asked is None:
@@ -161,7 +177,7 @@ def join(
         return neighbors_folder
     settled.prepare()
     task = JoinTask(index_folder, spec, neighbors_folder, identity, queries_folder)
-    joining.drop_suspects(task)
+    drop_suspects(neighbors_folder, identity)
     counts = count_all(index, spec.rules)
     for shard in range(index.layout.shards if asked is None else asked.shards):
         joining.join_part(task, shard, counts)
@@ -175,13 +191,18 @@ def evaluate(
     spec: JoinSpec,
     promise: Promise = Promise(),  # noqa: B008 (frozen)
     exclusions: ExclusionSpec | None = None,
+    *,
+    by: str | None = None,
+    embeddings_folder: str | None = None,
 ) -> Certificate:
     """Certifies the recall of a join of an index with itself, on a seeded sample of its queries.
 
-    `spec` and `exclusions` are those of the join. Raises FingerprintError when they are not, or the
-    index is another one. Whether the bound reaches the promised target is the caller's to judge.
+    `spec` and `exclusions` are those of the join; with a column `by` recall is also listed by its
+    values, with the embeddings of the index also measured in the encoder's own space. Raises
+    FingerprintError when the join, the index and the embeddings do not belong together. Whether the
+    bound reaches the promised target is the caller's to judge.
     """
-    index = open_index(index_folder)
+    index = open_joined(index_folder, spec)
     source = manifests.load(neighbors_folder, neighbors.KIND)
     settled = _settle(index, neighbors_folder, spec, exclusions)
     spec = settled.spec
@@ -190,8 +211,23 @@ def evaluate(
             f"{neighbors_folder} is not the join of {index_folder} with itself under this spec. Give "
             "the index and the spec that it was made with."
         )
+    columns = embeddings.column_types(index.schema)
+    if by is not None and by not in columns:
+        raise ConfigError(
+            f"by: got {by!r}, wanted a column of {index_folder}: {', '.join(columns)}. "
+            "Correct the name."
+        )
+    corpus = None
+    if embeddings_folder is not None:
+        asked = _load_embeddings(embeddings_folder)
+        if asked.content != index.manifest.properties["embeddings"]:
+            raise FingerprintError(
+                f"{embeddings_folder} has content {asked.content}, but {index_folder} was made of "
+                f"{index.manifest.properties['embeddings']}. Give the embeddings that it was made of."
+            )
+        corpus = Corpus(embeddings_folder, asked.parts)
     settled.prepare()
-    return measure_recall(index, neighbors_folder, source.parts, spec, promise)
+    return measure_recall(index, neighbors_folder, source.parts, spec, promise, by=by, corpus=corpus)
 
 
 def _settle(

@@ -4,17 +4,20 @@ import dataclasses
 
 import apache_beam as beam
 
-from index_builder import building, embeddings, manifests, plan, shards, storage
-from index_builder.building import Retry
-from index_builder.calibration import CalibrationSpec
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.manifests import Manifest, Part
+from index_builder.datasets.table_files import MetadataTable, check_collisions, open_table
 from index_builder.errors import DatasetError, KithError
-from index_builder.host_speed import measure_host
-from index_builder.manifests import Manifest, Part
-from index_builder.merging import merge_shards
-from index_builder.recall import raised_nprobe
-from index_builder.sharding import IndexLayout
-from index_builder.spec import ResolvedSpec
-from index_builder.table_files import MetadataTable, check_collisions, open_table
+from index_builder.index import shards
+from index_builder.index.sharding import IndexLayout
+from index_builder.index.spec import ResolvedSpec
+from index_builder.recall.calibration import CalibrationSpec
+from index_builder.recall.recall import raised_nprobe
+from index_builder.rules.exclusions import find_exclusions
+from index_builder.steps import build_spec, index_manifest, plan
+from index_builder.steps.build_spec import Retry
+from index_builder.steps.host_speed import measure_host
+from index_builder.steps.merging import merge_shards
 from pipelines.config import Config
 from pipelines.forecast import Forecast
 from pipelines.runners import run_pipeline
@@ -79,6 +82,9 @@ def build_index(
         embeddings_folder, source.parts, spec, folder, identity, table, calibration, retry
     )
 
+    # A retry takes over what was chosen before.
+    queries = 0 if calibration is None or retry is not None else calibration.most_queries(source.rows)
+
     def prepare() -> None:
         check_ids(session, folder, embeddings_folder, failures_folder)
 
@@ -86,9 +92,9 @@ def build_index(
         StageTask(
             "build", shards.KIND, folder, identity, spec.shards, "vectors",
             lambda root: define_pipeline(root, graph),
-            lambda: building.index_manifest(graph, source),
+            lambda: index_manifest.index_manifest(graph, source),
             prepare,
-            lambda: predict_build(spec, described, folder),
+            lambda: predict_build(spec, described, folder, queries),
         ),
         session,
     )  # fmt: skip
@@ -101,10 +107,15 @@ def merge_index(session: Session, index_folder: str, path: str) -> dict[str, obj
     return dataclasses.asdict(merged)
 
 
-def predict_build(spec: ResolvedSpec, source: plan.Source, folder: str) -> Forecast:
-    """Predicts a build after a short look at this host, which writes a small file into `folder`."""
+def predict_build(
+    spec: ResolvedSpec, source: plan.Source, folder: str, calibrated_on: int = 0
+) -> Forecast:
+    """Predicts a build after a short look at this host, which writes a small file into `folder`.
+
+    Where nprobe is chosen first, it is on `calibrated_on` queries.
+    """
     speed = measure_host(spec.rows, spec.dim, spec.nlist, spec.nprobe, spec.goal.k, folder)
-    predicted = plan.plan_build(spec, source, speed)
+    predicted = plan.plan_build(spec, source, speed, calibrated_on)
     return Forecast(predicted.memory_bytes, predicted.seconds)
 
 
@@ -117,21 +128,34 @@ def index_identity(config: Config, source: Manifest, retry: Retry | None = None)
 
 
 def calibration_of(config: Config, spec: ResolvedSpec) -> CalibrationSpec | None:
-    """Returns what nprobe is chosen for; None where all lists are searched, or it is given."""
-    return None if spec.nprobe >= spec.nlist else config.calibration_spec()
+    """Returns what nprobe is chosen for; None where all lists are searched, or it is given.
+
+    Raises ConfigError or DatasetError for files of excluded pairs that are not there or cannot be read.
+    """
+    calibration = None if spec.nprobe >= spec.nlist else config.calibration_spec()
+    excluded = config.join.rules.exclude.spec()
+    if calibration is None or excluded is None:
+        return calibration
+    return dataclasses.replace(calibration, exclusions=find_exclusions(excluded))
 
 
 def next_attempt(config: Config, folder: str, index: Manifest) -> Retry | None:
     """Returns how to make an index again whose recall is below the target; None where it cannot be.
 
-    That is where nprobe is given, where all lists are searched, and after `evaluate.max_attempts`.
+    That is where nprobe is given, where all lists are searched (by vectors), and after
+    `evaluate.max_attempts`.
     """
     properties = index.properties
     attempt, nprobe, nlist = (int(properties[name]) for name in ("attempt", "nprobe", "nlist"))
-    if properties["calibration"] is None or attempt >= config.promise().attempts or nprobe >= nlist:
+    if properties["calibration"] is None or attempt >= config.promise().attempts:
         return None
+    refine = properties.get("refine")
+    if nprobe >= nlist and refine is None:
+        return None
+    # Which of the two missed the neighbours, lists or codes, is not known: both are raised.
+    refine = None if refine is None else 2 * int(refine)
     raised = raised_nprobe(nprobe, nlist)
-    return Retry(attempt + 1, raised, folder, properties["calibration"])
+    return Retry(attempt + 1, raised, folder, properties["calibration"], refine)
 
 
 def open_metadata(config: Config) -> MetadataTable | None:
@@ -146,7 +170,7 @@ def _identity(
     request, goal = config.index_spec(), config.goal()
     spec = request.resolve(source.rows, embeddings.load_dim(source), goal)
     calibration = calibration_of(config, spec)
-    return building.index_identity(source, request, table, goal, calibration, retry)
+    return build_spec.index_identity(source, request, table, goal, calibration, retry)
 
 
 def check_ids(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from index_builder import manifests, storage
+from index_builder.datasets import manifests, storage
 from pipelines.config import Config
 from pipelines.embed_plan import list_shards
 from pipelines.preflight import check_environment, check_inputs, kith_version

@@ -5,15 +5,19 @@ from collections.abc import Iterable
 
 from apache_beam.transforms.resources import parse_resource_hints
 
-from index_builder import groups
-from index_builder.conditions import check_condition
-from index_builder.embeddings import METADATA_TYPES, RESERVED_COLUMNS
+from index_builder.datasets.embeddings import METADATA_TYPES, RESERVED_COLUMNS
+from index_builder.datasets.table_files import check_collisions
 from index_builder.errors import ConfigError
-from index_builder.metrics import Metric
-from index_builder.pairs import check_threshold
-from index_builder.table_files import check_collisions
-from pipelines.config import INDEX_COLUMNS, CatalogMetadata, Config
+from index_builder.rules.conditions import check_condition
+from index_builder.scoring.metrics import Metric
+from index_builder.search import groups
+from index_builder.steps.pairs import check_threshold
+from pipelines.config import Config
+from pipelines.sections.catalogue import CatalogMetadata
 from transforms.encoders.registry import check_encoder, encoder_names
+
+# Columns of the index that a join or an export may name beside the configured metadata.
+_INDEX_COLUMNS = frozenset({"image_id", "item_id", "source_shard", "row"})
 
 
 def check_config(config: Config) -> None:
@@ -108,7 +112,7 @@ def _check_table(config: Config) -> None:
             "catalog.metadata.columns: missing. Say what to take from the table, as in "
             "columns: {stock: int64}, or remove the section."
         )
-    taken = sorted((RESERVED_COLUMNS | INDEX_COLUMNS) & set(spec.names))
+    taken = sorted((RESERVED_COLUMNS | _INDEX_COLUMNS) & set(spec.names))
     if taken:
         raise ConfigError(
             f"catalog.metadata.columns.{taken[0]}: {taken[0]!r} is a column that Kith writes itself, "
@@ -120,7 +124,7 @@ def _check_table(config: Config) -> None:
 def _check_columns(config: Config) -> None:
     """Refuses columns that the catalogue will not have; datasets made elsewhere have their own."""
     made = () if config.duplicates.threshold is None else groups.COLUMNS
-    known = sorted({*config.images.metadata, *config.catalog.metadata.columns, *INDEX_COLUMNS, *made})
+    known = sorted({*config.images.metadata, *config.catalog.metadata.columns, *_INDEX_COLUMNS, *made})
     evaluate = config.evaluate
     named: dict[str, Iterable[str | None]] = {
         "join.rules.same": config.join.rules.same,

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ConfigError
 from pipelines.config import Config
 from pipelines.config_checks import check_config
@@ -22,17 +22,20 @@ from transforms.sources.registry import FORMATS
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error; the standard loader takes the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds one mapping."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice in one mapping", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, str) else id(key_node))
-        return dict(super().construct_mapping(node, deep))
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Reads one mapping, before the keys of others are merged into it."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                problem = f"the key {key.value!r} stands twice in one mapping, in lines "
+                problem += f"{lines[name]} and {line}"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            lines[name] = line
+        return node
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -92,7 +95,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             f"--set got {override!r}, wanted key=value with a dotted key, as in --set join.k=10."
         )
     try:
-        value = _mark_typed(yaml.safe_load(text))
+        value = _mark_typed(yaml.load(text, Loader=_UniqueKeys))
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: {text!r} is not valid YAML: {error}.") from error
     *parents, last = key.split(".")

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipelines.config import AutoCount, Config
-from pipelines.rules_config import ConditionSection
+from pipelines.config import Config
+from pipelines.sections.base import AutoCount
+from pipelines.sections.rules import ConditionSection
 from transforms.locations import Location
 from transforms.sources.registry import AnySource
 
@@ -114,6 +115,8 @@ index:
   nlist: auto
   nprobe: auto
   shards: auto
+  encoding: auto
+  refine: 10
   training_rows: 500000
   seed: 0
   memory_limit_gib: 8.0

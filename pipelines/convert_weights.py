@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ConfigError
 from transforms.encoders.efficientnet_lite0 import build_model
 from transforms.encoders.keras_runtime import output_to_stderr

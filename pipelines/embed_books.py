@@ -4,8 +4,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection
 
+from index_builder.datasets.manifests import Manifest
 from index_builder.errors import GateError, KithError
-from index_builder.manifests import Manifest
 
 _NAMED_SHARDS = 3
 

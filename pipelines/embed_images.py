@@ -7,9 +7,9 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from index_builder import embeddings, manifests, storage
-from index_builder.fingerprints import fingerprint
-from index_builder.manifests import Manifest
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.fingerprints import fingerprint
+from index_builder.datasets.manifests import Manifest
 from pipelines.config import Config
 from pipelines.embed_books import Books, add_up, check_failed_fractions, refuse_emptiness
 from pipelines.embed_plan import EmbedConfig, EmbedPlan, newest_version, plan_embedding
@@ -51,16 +51,44 @@ class Embedded:
     failures: Dataset
     books: Books
 
+    def datasets(self) -> dict[str, Dataset]:
+        """Returns the datasets by kind."""
+        return {"embeddings": self.embeddings, "failures": self.failures}
+
 
 def embed_images(config: Config, session: Session, replay: str | None = None) -> Embedded:
-    """Runs the embed stage for a configuration.
+    """Runs the embed stage for a configuration, and its gates.
 
     With `replay`, the folder of an earlier embeddings dataset, only what failed there is tried
     again; everything else is taken over, in a new version of the dataset.
 
-    Raises KithError for an empty catalogue, one in which every image fails, and books that do not
-    balance; GateError when more images fail than the configuration allows.
+    Raises KithError as `make_embeddings` and `check_embedded` do.
     """
+    embedded = make_embeddings(config, session, replay)
+    check_embedded(config, embedded)
+    return embedded
+
+
+def check_embedded(config: Config, embedded: Embedded) -> None:
+    """Raises GateError for books that do not balance, or more failures than are allowed.
+
+    Raises KithError for a catalogue without images, or without a single good one.
+    """
+    books, failures_folder = embedded.books, embedded.failures.folder
+    books.check()
+    refuse_emptiness(books, failures_folder)
+    section = config.embeddings
+    check_failed_fractions(
+        books,
+        embedded.embeddings.manifest,
+        section.max_failed_fraction,
+        section.max_failed_fraction_per_shard,
+        failures_folder,
+    )
+
+
+def make_embeddings(config: Config, session: Session, replay: str | None = None) -> Embedded:
+    """Runs the embed stage and adds up its books, but asks no gate. Raises KithError."""
     plan = plan_embedding(config, settle_engine(config, session))
     earlier: Earlier | None
     if replay is None:
@@ -103,16 +131,6 @@ def embed_images(config: Config, session: Session, replay: str | None = None) ->
         release_encoder()
     failed = manifests.load(failures_folder, failures.KIND)
     books = add_up(made.manifest, failed, None if made.state == UNCHANGED else carried_over)
-    books.check()
-    refuse_emptiness(books, failures_folder)
-    section = config.embeddings
-    check_failed_fractions(
-        books,
-        made.manifest,
-        section.max_failed_fraction,
-        section.max_failed_fraction_per_shard,
-        failures_folder,
-    )
     return Embedded(made, dataclasses.replace(made, folder=failures_folder, manifest=failed), books)
 
 
@@ -147,5 +165,5 @@ def _manifest(plan: EmbedPlan, kind: str, folder: str) -> Manifest:
 
 
 def _schema_of(folder: str, part: manifests.Part) -> pa.Schema:
-    with storage.open_binary(storage.join(folder, part.file(".parquet").path)) as file:
+    with storage.open_arrow(storage.join(folder, part.file(".parquet").path)) as file:
         return pq.read_schema(file)

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from index_builder import embeddings, manifests, storage
-from index_builder.fingerprints import fingerprint
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.fingerprints import fingerprint
 from pipelines.config import Config
 from pipelines.stage import dataset_folder
 from transforms import failures

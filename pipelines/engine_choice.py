@@ -9,9 +9,9 @@ from typing import Any
 
 import apache_beam as beam
 
-from index_builder import embeddings, manifests, storage
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.fingerprints import fingerprint, short
 from index_builder.errors import KithError
-from index_builder.fingerprints import fingerprint, short
 from pipelines.config import Config
 from pipelines.publish import published_folder
 from pipelines.runners import run_pipeline

@@ -6,14 +6,15 @@ from typing import Any
 
 import apache_beam as beam
 
-from index_builder import embeddings, manifests, neighbors, storage
-from index_builder.corpus import Corpus
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.fingerprints import fingerprint
+from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError, FingerprintError, GateError
-from index_builder.fingerprints import fingerprint
-from index_builder.join import JoinSpec
-from index_builder.manifests import Manifest, Part
-from index_builder.recall import least_sample
-from index_builder.shards import open_index
+from index_builder.index.shards import open_index
+from index_builder.recall.recall import least_sample
+from index_builder.search import neighbors
+from index_builder.search.corpus import Corpus
+from index_builder.search.join import JoinSpec
 from pipelines.build_index import open_metadata
 from pipelines.config import Config
 from pipelines.find_groups import add_groups
@@ -29,32 +30,9 @@ from transforms.evaluate import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """The graph's configuration."""
-
-    index_folder: str
-    neighbors_folder: str
-    parts: tuple[Part, ...]
-    join: JoinSpec
-    spec: EvaluateSpec
-    evaluation_folder: str
-    key: str
-    corpus: Corpus | None = None
-
-
-def define_pipeline(root: beam.Pipeline, config: EvaluateConfig) -> beam.PCollection[Part]:
+def define_pipeline(root: beam.Pipeline, config: EvaluateNeighbors) -> beam.PCollection[Part]:
     """Defines the evaluate pipeline: recall on a sample, statistics over all neighbours."""
-    return root | "EvaluateNeighbors" >> EvaluateNeighbors(
-        config.index_folder,
-        config.neighbors_folder,
-        config.parts,
-        config.join,
-        config.spec,
-        config.evaluation_folder,
-        config.key,
-        config.corpus,
-    )
+    return root | "EvaluateNeighbors" >> config
 
 
 def evaluate_neighbors(
@@ -98,7 +76,7 @@ def evaluate_neighbors(
         }
     )
     folder = dataset_folder(config.workspace, KIND, identity)
-    graph = EvaluateConfig(
+    graph = EvaluateNeighbors(
         index_folder, neighbors_folder, source.parts, join, spec, folder, identity, corpus
     )
 

@@ -5,10 +5,11 @@ import dataclasses
 import apache_beam as beam
 import pyarrow as pa
 
-from index_builder import embeddings, manifests, neighbors
+from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.fingerprints import fingerprint
+from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError
-from index_builder.fingerprints import fingerprint
-from index_builder.manifests import Manifest, Part
+from index_builder.search import neighbors
 from pipelines.config import Config
 from pipelines.stage import Dataset, Session, StageTask, dataset_folder, run_stage
 from transforms.exports import (

@@ -4,16 +4,18 @@ import dataclasses
 
 import apache_beam as beam
 
-from index_builder import groups, manifests
-from index_builder.embeddings import describe_schema
+from index_builder.datasets import manifests
+from index_builder.datasets.embeddings import describe_schema
+from index_builder.datasets.fingerprints import fingerprint
+from index_builder.datasets.manifests import Manifest, Part, require_files
+from index_builder.datasets.suspects import drop_suspects
 from index_builder.errors import ConfigError, DatasetError
-from index_builder.fingerprints import fingerprint
-from index_builder.groups import GroupsRef, with_groups
-from index_builder.join import JoinSpec
-from index_builder.manifests import Manifest, Part, require_files
-from index_builder.metrics import Metric
-from index_builder.pairs import PairSpec
-from index_builder.shards import IndexDataset, open_index
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.scoring.metrics import Metric
+from index_builder.search import groups
+from index_builder.search.groups import GroupsRef, with_groups
+from index_builder.search.join import JoinSpec
+from index_builder.steps.pairs import PairSpec
 from pipelines.build_index import shard_order
 from pipelines.config import Config
 from pipelines.stage import Dataset, Session, StageTask, dataset_folder, run_stage
@@ -57,6 +59,7 @@ def find_groups(config: Config, session: Session, index_folder: str) -> Dataset:
             "groups", groups.KIND, folder, identity, 2 * index.layout.shards, "images",
             lambda root: define_pipeline(root, graph),
             lambda: _manifest(folder, identity, index, spec),
+            lambda: drop_suspects(folder, identity),
         ),
         session,
     )  # fmt: skip

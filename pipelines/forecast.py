@@ -36,7 +36,8 @@ class Meter:
                 "seconds": round(forecast.seconds, 3),
             },
             "actual": {
-                "memory_bytes": _resident_bytes("VmHWM"),
+                # The kernel may count a little less for the peak than it did for the start.
+                "memory_bytes": max(_resident_bytes("VmHWM"), self.memory_at_start),
                 "memory_at_start_bytes": self.memory_at_start,
                 "seconds": round(time.monotonic() - self._start, 3),
             },

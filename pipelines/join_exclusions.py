@@ -1,10 +1,11 @@
 """A join's rules as the configuration and the files that it names have them."""
 
-from index_builder import exclusions, settled_join
-from index_builder.join import JoinSpec
-from index_builder.queries import QueriesDataset
-from index_builder.settled_join import SettledJoin
-from index_builder.shards import IndexDataset
+from index_builder.index.shards import IndexDataset
+from index_builder.rules import exclusions
+from index_builder.search.join import JoinSpec
+from index_builder.steps import settled_join
+from index_builder.steps.queries import QueriesDataset
+from index_builder.steps.settled_join import SettledJoin
 from pipelines.config import Config
 from pipelines.stage import dataset_folder
 

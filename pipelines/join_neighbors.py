@@ -4,13 +4,15 @@ import dataclasses
 
 import apache_beam as beam
 
-from index_builder import joining, neighbors, plan
+from index_builder.datasets.manifests import Part, require_files
+from index_builder.datasets.suspects import drop_suspects
 from index_builder.errors import ConfigError, DatasetError
-from index_builder.host_speed import measure_host
-from index_builder.join import JoinSpec
-from index_builder.joining import JoinTask, neighbors_manifest
-from index_builder.manifests import Part, require_files
-from index_builder.shards import IndexDataset, open_index
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.search import neighbors
+from index_builder.search.join import JoinSpec
+from index_builder.steps import joining, plan
+from index_builder.steps.host_speed import measure_join
+from index_builder.steps.joining import JoinTask, neighbors_manifest
 from pipelines.build_index import shard_order
 from pipelines.config import Config
 from pipelines.find_groups import add_groups
@@ -54,7 +56,7 @@ def join_neighbors(config: Config, session: Session, index_folder: str) -> Datas
     graph = JoinConfig(tuple(shard_order(index.layout)), JoinTask(index_folder, spec, folder, identity))
 
     def prepare() -> None:
-        joining.drop_suspects(graph.task)
+        drop_suspects(folder, identity)
         settled.prepare()
 
     return run_stage(
@@ -74,8 +76,7 @@ def predict_join(index: IndexDataset, k: int, folder: str) -> Forecast | None:
 
     Returns None for an index whose probes cannot be read; the join itself says what is wrong.
     """
-    trained, rows = index.trained, index.layout.rows
-    speed = measure_host(rows, trained.dim, trained.nlist, index.nprobe, k, folder)
+    speed = measure_join(index.layout.rows, index.trained.dim, k, folder)
     try:
         work = plan.count_join_work(index)
     except DatasetError:

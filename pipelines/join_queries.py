@@ -5,15 +5,18 @@ import dataclasses
 import apache_beam as beam
 import pyarrow as pa
 
-from index_builder import embeddings, joining, manifests, neighbors, queries
+from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.manifests import Manifest, Part
+from index_builder.datasets.suspects import drop_suspects
+from index_builder.datasets.table_files import check_collisions
 from index_builder.errors import DatasetError
-from index_builder.exclusions import list_exclusion_files
-from index_builder.join import JoinSpec
-from index_builder.joining import JoinTask
-from index_builder.manifests import Manifest, Part
-from index_builder.queries import QueriesSpec, open_queries
-from index_builder.shards import IndexDataset, open_index
-from index_builder.table_files import check_collisions
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.rules.exclusions import list_exclusion_files
+from index_builder.search import neighbors
+from index_builder.search.join import JoinSpec
+from index_builder.steps import joining, queries
+from index_builder.steps.joining import JoinTask
+from index_builder.steps.queries import QueriesSpec, open_queries
 from pipelines import join_neighbors
 from pipelines.build_index import check_ids, open_metadata
 from pipelines.config import Config
@@ -112,7 +115,7 @@ def _join(
     graph = JoinConfig(tuple(asked.by_size), task)
 
     def prepare() -> None:
-        joining.drop_suspects(task)
+        drop_suspects(folder, identity)
         settled.prepare()
 
     return run_stage(

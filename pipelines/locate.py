@@ -1,8 +1,10 @@
 """Finding the datasets of a configuration, for stages that run alone."""
 
-from index_builder import embeddings, manifests, neighbors, shards
+from index_builder.datasets import embeddings, manifests
 from index_builder.errors import DatasetError
-from index_builder.shards import open_index
+from index_builder.index import shards
+from index_builder.index.shards import open_index
+from index_builder.search import neighbors
 from pipelines.build_index import index_identity, next_attempt
 from pipelines.config import Config
 from pipelines.embed_plan import plan_embedding

@@ -5,45 +5,28 @@ from typing import Any
 
 import apache_beam as beam
 
-from index_builder import graph, manifests, neighbors
-from index_builder.embeddings import describe_schema
+from index_builder.datasets import manifests
+from index_builder.datasets.embeddings import describe_schema
+from index_builder.datasets.fingerprints import fingerprint
+from index_builder.datasets.manifests import Manifest, Part, require_files
+from index_builder.datasets.suspects import drop_suspects
 from index_builder.errors import FingerprintError
-from index_builder.fingerprints import fingerprint
-from index_builder.graph import GraphSpec
-from index_builder.manifests import Manifest, Part, require_files
-from index_builder.shards import open_index
+from index_builder.index.shards import open_index
+from index_builder.search import neighbors
+from index_builder.steps import graph
+from index_builder.steps.graph import GraphSpec
 from pipelines.config import Config
 from pipelines.stage import Dataset, Session, StageTask, dataset_folder, run_stage
 from transforms.graph import REVISION, BuildGraph, part_name
 
 
-@dataclasses.dataclass(frozen=True)
-class GraphConfig:
-    """The pipeline's configuration."""
-
-    index_folder: str
-    neighbors_folder: str
-    parts: tuple[Part, ...]
-    spec: GraphSpec
-    graph_folder: str
-    key: str
-
-
-def define_pipeline(root: beam.Pipeline, config: GraphConfig) -> beam.PCollection[Part]:
+def define_pipeline(root: beam.Pipeline, config: BuildGraph) -> beam.PCollection[Part]:
     """Defines the graph pipeline: numbers of neighbours parts in, descriptors of parts out."""
     return (
         root
         | "ListParts" >> beam.Create(range(len(config.parts)))
         | "SpreadParts" >> beam.Reshuffle()
-        | "BuildGraph"
-        >> BuildGraph(
-            config.index_folder,
-            config.neighbors_folder,
-            config.parts,
-            config.spec,
-            config.graph_folder,
-            config.key,
-        )
+        | "BuildGraph" >> config
     )
 
 
@@ -80,12 +63,13 @@ def neighbor_graph(
         }
     )
     folder = dataset_folder(config.workspace, graph.KIND, identity)
-    plan = GraphConfig(index_folder, neighbors_folder, source.parts, spec, folder, identity)
+    plan = BuildGraph(index_folder, neighbors_folder, source.parts, spec, folder, identity)
     return run_stage(
         StageTask(
             "graph", graph.KIND, folder, identity, 3 * len(source.parts), "queries",
             lambda root: define_pipeline(root, plan),
             lambda: _manifest(folder, identity, source, spec, index.layout.rows),
+            lambda: drop_suspects(folder, identity),
         ),
         session,
     )  # fmt: skip

@@ -4,21 +4,21 @@ import dataclasses
 import datetime
 from typing import Any
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import GateError
 from pipelines import run_manifest
 from pipelines.build_index import build_index, next_attempt
 from pipelines.config import Config
-from pipelines.embed_images import Embedded, embed_images
+from pipelines.embed_images import Embedded, check_embedded, make_embeddings
 from pipelines.evaluate_neighbors import check_recall, evaluate_neighbors, read_evaluation
 from pipelines.export_neighbors import export_neighbors
 from pipelines.find_groups import find_groups
 from pipelines.join_neighbors import join_neighbors
 from pipelines.neighbor_graph import neighbor_graph
 from pipelines.preflight import check_environment, check_inputs
-from pipelines.publish import publish
-from pipelines.report.build import write_report
-from pipelines.run_manifest import Outcome
+from pipelines.report.build import gather_page
+from pipelines.run_manifest import NOT_PUBLISHED, REFUSED, Outcome
+from pipelines.run_record import RunRecord, complete_published_record
 from pipelines.runners import workspace_lock
 from pipelines.stage import Session
 
@@ -43,13 +43,19 @@ def run_nightly(config: Config, session: Session) -> NightlyResult:
     check_environment()
     check_inputs(config)
     with workspace_lock(config.workspace):
+        complete_published_record(config.workspace)
         run_id = run_manifest.new_run_id(config.workspace, started)
-        embedded = embed_images(config, session)
+        embedded = make_embeddings(config, session)
+        try:
+            check_embedded(config, embedded)
+        except GateError as error:
+            _record(config, session, run_id, started, embedded).write(REFUSED, str(error))
+            raise
         outcome = _join_until_certified(config, session, embedded)
         try:
             check_recall(outcome.figures, config.evaluate.min_recall)
-        except GateError:
-            _write_run(config, session, run_id, run_manifest.REFUSED, started, outcome)
+        except GateError as error:
+            _record(config, session, run_id, started, embedded, outcome).write(REFUSED, str(error))
             raise
         index, neighbors = outcome.index, outcome.neighbors
         export = export_neighbors(config, session, neighbors.folder)
@@ -57,14 +63,14 @@ def run_nightly(config: Config, session: Session) -> NightlyResult:
         if config.graph.enabled:
             graph = neighbor_graph(config, session, index.folder, neighbors.folder)
             outcome = dataclasses.replace(outcome, graph=graph)
-        published = config.nightly.publish
-        status = run_manifest.PUBLISHED if published else run_manifest.NOT_PUBLISHED
-        run, run_path, report_path = _write_run(config, session, run_id, status, started, outcome)
-        pointer = None
-        if published:
-            folders = {kind: dataset.folder for kind, dataset in outcome.datasets().items()}
-            pointer = publish(config.workspace, run_id, folders)
-    return NightlyResult(run, run_path, report_path, pointer)
+        record = _record(config, session, run_id, started, embedded, outcome)
+        if not config.nightly.publish:
+            run = record.write(NOT_PUBLISHED)
+            return NightlyResult(run, record.run_path, record.report_path, None)
+        datasets = embedded.datasets() | outcome.datasets()
+        folders = {kind: dataset.folder for kind, dataset in datasets.items()}
+        run, pointer = record.publish(config.workspace, folders, session.console)
+    return NightlyResult(run, record.run_path, record.report_path, pointer)
 
 
 def _join_until_certified(config: Config, session: Session, embedded: Embedded) -> Outcome:
@@ -84,7 +90,7 @@ def _join_until_certified(config: Config, session: Session, embedded: Embedded) 
         figures = read_evaluation(evaluation)
         recall = figures["recall"]
         attempts.append({name: recall[name] for name in run_manifest.ATTEMPT_FIGURES})
-        outcome = Outcome(embedded, index, neighbors, evaluation, figures, None, groups)
+        outcome = Outcome(index, neighbors, evaluation, figures, None, groups)
         outcome = dataclasses.replace(outcome, attempts=tuple(attempts))
         if recall["lower_bound"] >= config.evaluate.min_recall:
             return outcome
@@ -98,31 +104,26 @@ def _join_until_certified(config: Config, session: Session, embedded: Embedded) 
         )
 
 
-def _write_run(
+def _record(
     config: Config,
     session: Session,
     run_id: str,
-    status: str,
     started: datetime.datetime,
-    outcome: Outcome,
-) -> tuple[dict[str, Any], str, str | None]:
-    """Writes `run.json` and the page; returns the document and both paths."""
+    embedded: Embedded,
+    outcome: Outcome | None = None,
+) -> RunRecord:
+    """Describes the run as far as it came, and gathers its page."""
     ended = datetime.datetime.now(datetime.UTC)
-    run = run_manifest.describe_run(config, run_id, status, started, ended, outcome)
+    document = run_manifest.describe_run(config, run_id, started, ended, embedded, outcome)
     folder = storage.join(config.workspace, "runs", run_id)
-    run_path = storage.join(folder, run_manifest.FILE_NAME)
-    storage.write_json(run_path, run)
-    if not config.nightly.report:
-        return run, run_path, None
-    report_path = storage.join(folder, "report.html")
-    write_report(
-        report_path,
-        run,
-        outcome.figures,
-        outcome.embedded.failures.folder,
-        outcome.index.folder,
-        config.images.sources,
-        config.images.max_pixels,
-    )
-    session.console.print(f"report: {report_path}")
-    return run, run_path, report_path
+    page = None
+    if config.nightly.report:
+        page = gather_page(
+            {} if outcome is None else outcome.figures,
+            embedded.failures.folder,
+            None if outcome is None else outcome.index.folder,
+            config.images.sources,
+            config.images.max_pixels,
+        )
+        session.console.print(f"report: {storage.join(folder, 'report.html')}")
+    return RunRecord(folder, document, page)

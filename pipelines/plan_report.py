@@ -6,9 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from index_builder import embeddings, manifests, plan
-from index_builder.host_speed import measure_host
-from index_builder.shards import open_index
+from index_builder.datasets import embeddings, manifests
+from index_builder.index.shards import open_index
+from index_builder.steps import plan
+from index_builder.steps.host_speed import measure_host
+from pipelines.build_index import calibration_of
 from pipelines.config import Config
 from pipelines.join_neighbors import check_columns
 
@@ -29,7 +31,9 @@ def plan_build(config: Config, embeddings_folder: str) -> dict[str, Any]:
         spec.rows, spec.dim, spec.nlist, spec.nprobe, spec.goal.k, config.workspace,
         _CALIBRATION_SECONDS,
     )  # fmt: skip
-    return plan.plan_build(spec, described, speed).to_json()
+    calibration = calibration_of(config, spec)
+    queries = 0 if calibration is None else calibration.most_queries(source.rows)
+    return plan.plan_build(spec, described, speed, queries).to_json()
 
 
 def plan_join(config: Config, index_folder: str) -> dict[str, Any]:

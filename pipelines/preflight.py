@@ -6,10 +6,10 @@ import platform
 import sys
 import tempfile
 
-from index_builder import storage
+from index_builder.datasets import storage
+from index_builder.datasets.table_files import find_table_files
 from index_builder.errors import ConfigError, KithError
-from index_builder.exclusions import list_exclusion_files
-from index_builder.table_files import find_table_files
+from index_builder.rules.exclusions import list_exclusion_files
 from pipelines.config import Config
 from transforms.encoders.registry import check_encoder
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from index_builder import manifests, storage
+from index_builder.datasets import manifests, storage
 from transforms.counters import LOCAL_PROGRESS
 
 _POLL_SECONDS = 0.5

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import DatasetError, KithError
 
 SCHEMA_VERSION = 1

@@ -3,11 +3,11 @@
 import dataclasses
 import os
 
-from index_builder import embeddings, manifests, storage
-from index_builder.content_index import build_content_index, content_index_name
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.content_index import build_content_index, content_index_name
+from index_builder.datasets.fingerprints import fingerprint
+from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError, FingerprintError, KithError
-from index_builder.fingerprints import fingerprint
-from index_builder.manifests import Manifest, Part
 from pipelines.embed_plan import EmbedConfig, EmbedPlan
 from pipelines.publish import published_folder
 from pipelines.stage import FOLDERS

@@ -6,8 +6,8 @@ import os
 import platform
 from typing import Any
 
-from index_builder import storage
-from index_builder.neighbors import STATUSES
+from index_builder.datasets import storage
+from index_builder.search.neighbors import STATUSES
 from pipelines.config import Config
 from pipelines.embed_images import Embedded
 from pipelines.preflight import kith_version, recorded_versions
@@ -16,9 +16,25 @@ from pipelines.stage import Dataset
 SCHEMA_VERSION = 1
 FILE_NAME = "run.json"
 
+# Passed all gates; `current.json` says whether the pointer was moved.
+PUBLISHING = "publishing"
 PUBLISHED = "published"
 NOT_PUBLISHED = "not published"
+# By a gate.
 REFUSED = "refused"
+# The pointer could not be moved.
+FAILED = "failed"
+
+# Stage to the kind of its dataset.
+_STAGES = {
+    "embed": "embeddings",
+    "build": "index",
+    "join": "neighbors",
+    "evaluate": "evaluation",
+    "export": "recommendations",
+    "groups": "groups",
+    "graph": "graph",
+}
 
 # What a run tells of each attempt to reach evaluate.min_recall.
 ATTEMPT_FIGURES = ("attempt", "nprobe", "estimate", "lower_bound", "confidence", "queries")
@@ -37,9 +53,8 @@ GRAPH_FIGURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the stages of one run made."""
+    """What the stages of one run made of its embeddings."""
 
-    embedded: Embedded
     index: Dataset
     neighbors: Dataset
     evaluation: Dataset
@@ -52,8 +67,6 @@ class Outcome:
     def datasets(self) -> dict[str, Dataset]:
         """Returns the datasets by kind."""
         found = {
-            "embeddings": self.embedded.embeddings,
-            "failures": self.embedded.failures,
             "index": self.index,
             "neighbors": self.neighbors,
             "evaluation": self.evaluation,
@@ -77,33 +90,30 @@ def new_run_id(workspace: str, now: datetime.datetime) -> str:
     return run_id
 
 
+def with_status(run: dict[str, Any], status: str, reason: str | None = None) -> dict[str, Any]:
+    """Returns the document of a run with another end; `reason` says why nothing was published."""
+    return {**run, "status": status, "reason": reason}
+
+
 def describe_run(
     config: Config,
     run_id: str,
-    status: str,
     started: datetime.datetime,
     ended: datetime.datetime,
-    outcome: Outcome,
+    embedded: Embedded,
+    outcome: Outcome | None,
 ) -> dict[str, Any]:
-    """Returns the document that is written to `run.json`."""
-    embedded, index, joined = outcome.embedded, outcome.index.manifest, outcome.neighbors.manifest
+    """Returns the document that is written to `run.json`, still without a status.
+
+    Without an outcome it is that of a run which was refused for its embeddings.
+    """
     seconds = embedded.embeddings.seconds
-    stages = {
-        "embed": embedded.embeddings.describe(),
-        "build": outcome.index.describe(),
-        "join": outcome.neighbors.describe(),
-        "evaluate": outcome.evaluation.describe(),
-    }
-    if outcome.export is not None:
-        stages["export"] = outcome.export.describe()
-    if outcome.groups is not None:
-        stages["groups"] = outcome.groups.describe()
-    if outcome.graph is not None:
-        stages["graph"] = outcome.graph.describe()
+    made = embedded.datasets()
+    if outcome is not None:
+        made |= outcome.datasets()
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
-        "status": status,
         "started_at": started.isoformat(),
         "ended_at": ended.isoformat(),
         "seconds": round((ended - started).total_seconds(), 3),
@@ -126,6 +136,19 @@ def describe_run(
             "name": config.encoder.name,
             "dim": embedded.embeddings.manifest.properties["dim"],
         },
+        **_describe_outcome(config, outcome),
+        "stages": {stage: made[kind].describe() for stage, kind in _STAGES.items() if kind in made},
+        "fingerprints": {kind: dataset.manifest.fingerprint for kind, dataset in made.items()},
+    }
+
+
+def _describe_outcome(config: Config, outcome: Outcome | None) -> dict[str, Any]:
+    """Returns the figures of all stages behind the embedding; null for a run that had none."""
+    if outcome is None:
+        names = ("index", "join", "recall", "truth", "duplicates", "graph", "export")
+        return dict.fromkeys(names) | {"attempts": []}
+    index, joined = outcome.index.manifest, outcome.neighbors.manifest
+    return {
         "index": {
             name: index.properties[name]
             for name in ("shards", "nlist", "nprobe", "dim", "metric", "empty_lists", "imbalance")
@@ -146,10 +169,6 @@ def describe_run(
         "duplicates": _figures(outcome.groups, GROUP_FIGURES),
         "graph": _figures(outcome.graph, GRAPH_FIGURES),
         "export": _describe_export(outcome.export),
-        "stages": stages,
-        "fingerprints": {
-            kind: dataset.manifest.fingerprint for kind, dataset in outcome.datasets().items()
-        },
     }
 
 

@@ -11,7 +11,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import apache_beam as beam
@@ -23,7 +23,8 @@ from apache_beam.runners.portability.portable_runner import JobServiceHandle
 from apache_beam.runners.runner import PipelineState
 from apache_beam.transforms.environments import Environment
 
-from index_builder import errors, storage
+from index_builder import errors
+from index_builder.datasets import storage
 from index_builder.errors import ConfigError, KithError
 from transforms.counters import NAMESPACE_PREFIX
 
@@ -184,12 +185,3 @@ def _sweep(workspace: str) -> None:
     beside = [glob.glob(os.path.join(escaped, *names)) for names in (["*"], ["runs", "*"])]
     for folder in (workspace, *itertools.chain(*beside)):
         storage.sweep_temporary(folder)
-
-
-def split_beam_options(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Splits a command line at the first `--`: Kith's own arguments, and Beam's options."""
-    arguments = list(arguments)
-    if "--" not in arguments:
-        return arguments, ()
-    place = arguments.index("--")
-    return arguments[:place], tuple(arguments[place + 1 :])

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ConfigError, FingerprintError, ImageError, KithError
-from index_builder.join import JoinSpec
-from index_builder.search import describe_neighbors, search_vectors
-from index_builder.shards import IndexDataset, open_index
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.search.join import JoinSpec
+from index_builder.search.search import describe_neighbors, search_vectors
 from pipelines.config import Config
 from pipelines.engine_choice import engine_in
 from pipelines.find_groups import add_groups

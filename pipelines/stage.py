@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from index_builder import manifests, storage
-from index_builder.fingerprints import short
-from index_builder.manifests import Manifest
+from index_builder.datasets import manifests, storage
+from index_builder.datasets.fingerprints import short
+from index_builder.datasets.manifests import Manifest
 from pipelines.forecast import Forecast, Meter
 from pipelines.progress import watch_stage
 from pipelines.runners import Define, RunnerSpec, run_pipeline

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from index_builder import manifests, storage
-from index_builder.manifests import Manifest
+from index_builder.datasets import manifests, storage
+from index_builder.datasets.manifests import Manifest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,29 @@
-"""Fixtures that several test modules share."""
+"""Fixtures that several test modules share, and what running them in several processes takes."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Chooses the processes of `-n auto`: one a core that this process may use, and never more than 4.
+
+    Each imports TensorFlow and takes up to 2 GiB.
+    """
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives each of several processes its own cache of compiled loops, kept between runs.
+
+    numba names a loop in the index of its cache before the file with the code is whole, so a process
+    that reads while another one writes can take the code of an older source or of other types.
+    """
+    worker, cache = os.environ.get("PYTEST_XDIST_WORKER"), getattr(config, "cache", None)
+    if worker and cache is not None:
+        os.environ["NUMBA_CACHE_DIR"] = str(cache.mkdir(f"numba-{worker}"))
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index_builder import assigned_parts, embeddings, manifests, sampling, sharding, shards, training
-from index_builder.embeddings import EmbeddingSchema
-from index_builder.join import JoinSpec, join_shard
-from index_builder.manifests import Manifest, Part
-from index_builder.rules import JoinRules
-from index_builder.shards import IndexDataset
-from index_builder.spec import IndexSpec
-from index_builder.table_files import MetadataTable
-from index_builder.vectors import unit_float16
+from index_builder.datasets import embeddings, manifests, sampling
+from index_builder.datasets.embeddings import EmbeddingSchema
+from index_builder.datasets.manifests import Manifest, Part
+from index_builder.datasets.table_files import MetadataTable
+from index_builder.index import assigned_parts, sharding, shards, training
+from index_builder.index.shards import IndexDataset
+from index_builder.index.spec import IndexSpec
+from index_builder.rules.rules import JoinRules
+from index_builder.scoring.vectors import unit_float16
+from index_builder.search.join import JoinSpec, join_shard
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,10 +132,14 @@ def build_index(
     ]
     built = [Part(shards.SHARED_PART, "key", 0, tuple(files))]
     built += [
-        shards.build_shard(str(target), number, layout, trained, assigned, "key", metadata)
+        shards.build_shard(
+            str(target), number, layout, trained, assigned, "key", metadata, with_codes=spec.has_codes
+        )
         for number in range(layout.shards)
     ]
-    properties = {"nprobe": nprobe, "nlist": trained.nlist, "seed": request.seed}
+    properties = {
+        "nprobe": nprobe, "nlist": trained.nlist, "seed": request.seed, "refine": spec.refine,
+    }  # fmt: skip
     manifest = Manifest(shards.KIND, "fingerprint", {}, [], tuple(built), properties)
     manifests.commit(str(target), manifest)
     return shards.open_index(str(target))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from index_builder.confidence import lower_bound
+from index_builder.recall.confidence import lower_bound
 
 _K = 20
 

@@ -1,5 +1,6 @@
 """What the k best are by definition, and small drawn cases: vectors, ids and rule codes with ties."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -8,11 +9,11 @@ import pyarrow as pa
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from index_builder.blocks import Block, IdColumn
-from index_builder.metrics import Metric
-from index_builder.rules import CandidateCodes, QueryCodes
-from index_builder.topk import TopK
-from index_builder.vectors import squared_norms, unit_float16
+from index_builder.rules.rules import CandidateCodes, QueryCodes
+from index_builder.scoring.blocks import Block, IdColumn
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.topk import TopK
+from index_builder.scoring.vectors import squared_norms, unit_float16
 
 METRICS = list(Metric)
 
@@ -142,3 +143,41 @@ def capped(
             for key in keys:
                 used[key] = used.get(key, 0) + 1
     return taken
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RuledCase:
+    """A small search under all rules: two-dimensional vectors, ids, codes, and caps of two columns."""
+
+    metric: Metric
+    corpus: NDArray[np.float16]
+    queries: NDArray[np.float16]
+    ids: list[str]
+    column: IdColumn
+    own: QueryCodes
+    others: CandidateCodes
+    caps: tuple[int, int]
+
+    @classmethod
+    def drawn(cls, data: st.DataObject, most_queries: int) -> "RuledCase":
+        """Draws a case of up to thirty candidates and so many queries."""
+        metric = data.draw(st.sampled_from(METRICS))
+        corpus = drawn_vectors(data, 2, 30, metric)
+        queries = drawn_vectors(data, 2, most_queries, metric)
+        ids, column = drawn_ids(data, len(corpus))
+        own, others = drawn_codes(data, len(queries), len(corpus))
+        caps = (1, data.draw(st.integers(1, 3)))
+        return cls(metric, corpus, queries, ids, column, own, others, caps)
+
+    def no_rows_yet(self, k: int) -> TopK:
+        """Returns the k best of nothing, which takes the case's candidates."""
+        return TopK(len(self.queries), k, self.column.max_bytes, self.metric, caps=self.caps)
+
+    def best(self, k: int, searched: NDArray[np.bool_] | None = None) -> list[list[tuple[float, str]]]:
+        """The k best (score, id) of every query by definition, among the pairs that are searched."""
+        allowed = allowed_pairs(self.own, self.others)
+        if searched is not None:
+            allowed &= searched
+        scores = all_scores(self.queries, self.corpus, self.metric)
+        ranked = best(scores, self.ids, len(self.ids), allowed)
+        return [capped(row, self.ids, self.others, self.caps)[:k] for row in ranked]

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from index_builder import embeddings, storage
-from index_builder.manifests import Part
+from index_builder.datasets import embeddings, storage
+from index_builder.datasets.manifests import Part
 
 # The same for every dataset, whatever it allows to be null.
 _SCHEMA = pa.schema([("image_id", pa.string()), ("source_shard", pa.string()), ("row", pa.int64())])

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
-from index_builder import embeddings, manifests, storage
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.fingerprints import fingerprint, short
+from index_builder.datasets.manifests import Part
 from index_builder.errors import KithError
-from index_builder.fingerprints import fingerprint, short
-from index_builder.manifests import Part
 from transforms import failures
 from transforms.counters import LOCAL_PROGRESS, count, timed
 from transforms.embed_shard import ShardBooks, ShardEncoder

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from index_builder.embeddings import ROW_GROUP_ROWS, vector_dtype
+from index_builder.datasets.embeddings import ROW_GROUP_ROWS, vector_dtype
 from index_builder.errors import ImageError
 from transforms.decoding import DecodePolicy
 from transforms.encode import EncodeAhead, Encoded

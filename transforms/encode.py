@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_builder.errors import ImageError, KithError
-from index_builder.vectors import unit_float16
+from index_builder.scoring.vectors import unit_float16
 from transforms.encoders.encoder import Encoder
 from transforms.encoders.engines.engine import EncodingError
 

@@ -12,16 +12,17 @@ import numpy as np
 import pyarrow as pa
 from apache_beam.pvalue import AsIter, AsSingleton
 
-from index_builder import embeddings, evaluation, manifests, storage
-from index_builder.corpus import Corpus
-from index_builder.evaluation import Measured, TruthHits, in_sample_order, searchable
-from index_builder.exact_search import merge_found
-from index_builder.join import JoinSpec, open_joined
-from index_builder.manifests import Part
-from index_builder.metrics import Metric
-from index_builder.query_sample import QuerySample, choose_queries
-from index_builder.recall import Promise
-from index_builder.shards import IndexDataset, open_index
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.manifests import Part
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.recall import evaluation
+from index_builder.recall.evaluation import Measured, TruthHits, in_sample_order, searchable
+from index_builder.recall.query_sample import QuerySample, choose_queries
+from index_builder.recall.recall import Promise
+from index_builder.scoring.metrics import Metric
+from index_builder.search.corpus import Corpus
+from index_builder.search.exact_search import merge_found
+from index_builder.search.join import JoinSpec, open_joined
 from transforms.counters import LOCAL_PROGRESS, count, timed
 from transforms.exact_neighbors import FindExactNeighbors, one_table
 from transforms.score_histogram import ScoreHistogram

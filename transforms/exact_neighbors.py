@@ -23,8 +23,9 @@ class FindExactNeighbors(beam.PTransform):
 
     Input: the pipeline's root. Output: FoundNeighbors. `draw(number, after)` returns the candidates of
     a part (None: nothing is to be done), `search(number, queries, after)` what it has for all queries;
-    `choose` and `merge` make one table of several, in stages and in any order. `after` is a side input
-    that both wait for. Only the sample and k rows a query travel.
+    `choose` and `merge` make one table of several, in stages and in any order; `complete` adds to the
+    queries, once they are chosen, what no part could. `after` is a side input that both wait for. Only
+    the sample and k rows a query travel.
     """
 
     parts: int
@@ -33,6 +34,7 @@ class FindExactNeighbors(beam.PTransform):
     search: Callable[[int, pa.Table, Any], pa.Table]
     merge: Callable[[Iterable[pa.Table]], pa.Table]
     after: AsSideInput
+    complete: Callable[[pa.Table], pa.Table] | None = None
 
     # Beam's type hints know no named tuple of collections.
     @no_annotations
@@ -45,6 +47,8 @@ class FindExactNeighbors(beam.PTransform):
             | "DrawQueries" >> beam.FlatMap(self._draw, self.after)
             | "ChooseQueries" >> beam.CombineGlobally(self.choose).without_defaults()
         )
+        if self.complete is not None:
+            queries = queries | "CompleteQueries" >> beam.Map(self.complete)
         neighbors = (
             root
             | "ListSearchedParts" >> beam.Create(range(self.parts))

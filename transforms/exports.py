@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from index_builder import embeddings, manifests, storage
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.manifests import Part
 from index_builder.errors import DatasetError
-from index_builder.manifests import Part
-from index_builder.rules import OWN_ITEM
+from index_builder.rules.rules import OWN_ITEM
 from transforms.counters import LOCAL_PROGRESS, count, timed
 from transforms.item_rows import ItemRows, best_of_items, shares
 

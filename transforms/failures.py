@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from index_builder import storage
+from index_builder.datasets import storage
 
 KIND = "failures"
 SCHEMA = pa.schema(

@@ -16,8 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index_builder import manifests, storage
-from index_builder.graph import (
+from index_builder.datasets import manifests, storage
+from index_builder.datasets.manifests import Part
+from index_builder.datasets.suspects import suspecting
+from index_builder.index.sharding import IndexLayout
+from index_builder.index.shards import IndexDataset, open_index, read_shard_table
+from index_builder.steps.graph import (
     EDGE_SCHEMA,
     GraphSpec,
     NeighborLists,
@@ -26,9 +30,6 @@ from index_builder.graph import (
     reverse_side,
     split_edges,
 )
-from index_builder.manifests import Part
-from index_builder.sharding import IndexLayout
-from index_builder.shards import IndexDataset, open_index, read_shard_table
 from transforms.counters import LOCAL_PROGRESS, count, timed
 
 STAGE = "graph"
@@ -95,7 +96,7 @@ class _Files:
         path = storage.join(self._neighbors_folder, file.path)
         if verify:
             manifests.verify_file(self._neighbors_folder, file)
-        with storage.open_binary(path) as opened:
+        with storage.open_arrow(path) as opened:
             table = pq.read_table(opened, columns=list(NeighborLists.COLUMNS))
         return NeighborLists.of(table, layout.shard_rows(number), layout.rows, path)
 
@@ -141,7 +142,7 @@ class _SplitEdges(beam.DoFn):
         files = self._files
         part = files.finished(f"edges-{number:05d}")
         if part is None:
-            with timed(STAGE):
+            with timed(STAGE), suspecting(files.folder, files.key):
                 part = self._split(number)
             count(STAGE, "edges_in", part.rows)
         # Also where nothing leads to: that part has to be written as well.
@@ -177,10 +178,11 @@ class _TurnAround(beam.DoFn):
         files = self._files
         part = files.finished(f"reverse-{number:05d}")
         if part is None:
-            with timed(STAGE):
+            with timed(STAGE), suspecting(files.folder, files.key):
                 incoming = self._read([bucket for bucket in buckets if bucket[1] >= 0])
                 index = files.index()
                 lists = files.lists(index.layout, number)
+                manifests.verify_file(index.folder, index.parts[number].file(".parquet"))
                 items = read_shard_table(index, number, ("image_id",))["image_id"]
                 side = reverse_side(lists, items, incoming, index.layout.rows, files.spec)
                 names = [f"reverse-{number:05d}.parquet", f"mutual-{number:05d}.parquet"]
@@ -199,7 +201,7 @@ class _TurnAround(beam.DoFn):
         files, batches = self._files, []
         for source, batch in sorted(buckets):
             name = files.work_name("edges", source, "arrow")
-            with storage.open_binary(files.path(name)) as opened, pa.ipc.open_file(opened) as reader:
+            with storage.open_arrow(files.path(name)) as opened, pa.ipc.open_file(opened) as reader:
                 batches.append(reader.get_batch(batch))
         return pa.Table.from_batches(batches, EDGE_SCHEMA)
 

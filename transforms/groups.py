@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index_builder import manifests, storage
-from index_builder.groups import connect, group_tables
-from index_builder.manifests import Part
-from index_builder.pairs import PairSpec, link_shard
-from index_builder.shards import open_index
+from index_builder.datasets import manifests, storage
+from index_builder.datasets.manifests import Part
+from index_builder.datasets.suspects import suspecting
+from index_builder.index.shards import open_index
+from index_builder.search.groups import connect, group_tables
+from index_builder.steps.pairs import PairSpec, link_shard
 from transforms.counters import LOCAL_PROGRESS, count, timed
 
 STAGE = "groups"
@@ -73,7 +74,7 @@ class _LinkShard(_GroupsStep):
         name = f"forest-{shard:05d}"
         part = manifests.finished_part(self._folder, name, self._key)
         if part is None:
-            with timed(STAGE):
+            with timed(STAGE), suspecting(self._folder, self._key):
                 index = open_index(self._index_folder)
                 edges = link_shard(index, shard, self._spec)
                 buffer = io.BytesIO()
@@ -94,7 +95,7 @@ class _WriteGroups(_GroupsStep):
         """Yields all parts; the number of edges only says that every forest is there."""
         index = open_index(self._index_folder)
         with timed(STAGE):
-            groups = connect([self._forest(shard) for shard in range(index.layout.shards)])
+            groups = connect(self._forest(shard) for shard in range(index.layout.shards))
             for shard, table in enumerate(group_tables(index, groups)):
                 part = manifests.finished_part(self._folder, part_name(shard), self._key)
                 if part is None:

@@ -12,7 +12,7 @@ import os
 import re
 from types import TracebackType
 
-from index_builder import storage
+from index_builder.datasets import storage
 
 _MARKS = ".marks"
 _SUSPECTS = ".suspects.json"

@@ -1,8 +1,8 @@
 """Building the index: check, train once, assign by part, plan the layout, write shard by shard.
 
-The steps are those of `index_builder.building`. Between them only small descriptors travel. Vectors
-move through scratch files in the index's `_work` folder, sorted by list, of which each shard reads the
-lists that it owns.
+The steps are those of `index_builder.steps.building`. Between them only small descriptors travel.
+Vectors move through scratch files in the index's `_work` folder, sorted by list, of which each shard
+reads the lists that it owns.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ from apache_beam.pvalue import AsIter, AsSingleton
 from apache_beam.utils.shared import Shared
 from numpy.typing import NDArray
 
-from index_builder import building, calibration
-from index_builder.building import REVISION, BuildSpec
-from index_builder.corpus_check import PartFindings
-from index_builder.manifests import Part
-from index_builder.query_sample import choose_queries
-from index_builder.training import TrainedIndex, load_trained
+from index_builder.datasets.manifests import Part
+from index_builder.index.training import TrainedIndex, load_trained
+from index_builder.recall import calibration
+from index_builder.recall.query_sample import choose_queries
+from index_builder.steps import building, index_manifest, nprobe_choice
+from index_builder.steps.build_spec import REVISION, BuildSpec
+from index_builder.steps.corpus_check import PartFindings
 from transforms.counters import LOCAL_PROGRESS, count, timed
 from transforms.exact_neighbors import FindExactNeighbors, one_table
 
@@ -64,7 +65,7 @@ class BuildIndex(beam.PTransform):
             | "ListParts" >> beam.Create(numbers)
             | "SpreadParts" >> beam.Reshuffle()
             | "AssignPart" >> beam.ParDo(_AssignPart(self.spec, shared), AsSingleton(ready))
-            | "SumListSizes" >> beam.CombineGlobally(_sum_list_sizes).without_defaults()
+            | "SumListSizes" >> beam.CombineGlobally(sum_list_sizes).without_defaults()
         )
         plans = sizes | "PlanLayout" >> beam.FlatMap(_plan, self.spec)
         built = (
@@ -73,7 +74,7 @@ class BuildIndex(beam.PTransform):
             | "BuildShard" >> beam.ParDo(_BuildShard(self.spec, shared))
         )
         finished = sizes | "DescribeShared" >> beam.Map(
-            building.describe_shared, self.spec, AsIter(built)
+            index_manifest.describe_shared, self.spec, AsIter(built)
         )
         return (built, finished) | "AllParts" >> beam.Flatten()
 
@@ -128,6 +129,7 @@ class _CalibrateNprobe(beam.PTransform):
             _SearchPart(spec, self.shared),
             functools.partial(calibration.merge_found, corpus=spec.corpus, spec=spec.calibration),
             AsSingleton(trained),
+            functools.partial(_add_excluded, spec),
         )
         choose = beam.ParDo(
             _ChooseNprobe(spec, self.shared), AsIter(found.queries), AsIter(found.neighbors)
@@ -136,10 +138,15 @@ class _CalibrateNprobe(beam.PTransform):
 
 
 def _draw_queries(spec: BuildSpec, number: int, trained_path: str) -> pa.Table | None:
-    if not building.calibrates(spec):
+    if not nprobe_choice.calibrates(spec):
         return None
     with timed(STAGE):
-        return building.draw_queries(spec, number)
+        return nprobe_choice.draw_queries(spec, number)
+
+
+def _add_excluded(spec: BuildSpec, queries: pa.Table) -> pa.Table:
+    with timed(STAGE):
+        return nprobe_choice.add_excluded(spec, queries)
 
 
 class _SearchPart(_WithTrained):
@@ -148,7 +155,7 @@ class _SearchPart(_WithTrained):
     def __call__(self, number: int, queries: pa.Table, trained_path: str) -> pa.Table:
         trained = self.trained()
         with timed(STAGE):
-            found = building.search_part(self._spec, number, queries, trained)
+            found = nprobe_choice.search_part(self._spec, number, queries, trained)
         count(STAGE, "vectors_searched", self._spec.embeddings_parts[number].rows)
         return found
 
@@ -158,10 +165,10 @@ class _ChooseNprobe(_WithTrained):
         self, trained_path: str, queries: Iterable[pa.Table], found: Iterable[pa.Table]
     ) -> Iterator[str]:
         """Passes the path on once nprobe is settled."""
-        if building.calibrates(self._spec):
+        if nprobe_choice.calibrates(self._spec):
             trained = self.trained()
             with timed(STAGE):
-                building.choose_nprobe(self._spec, one_table(queries), one_table(found), trained)
+                nprobe_choice.choose_nprobe(self._spec, one_table(queries), one_table(found), trained)
         yield trained_path
 
 
@@ -174,7 +181,8 @@ class _AssignPart(_WithTrained):
         yield sizes
 
 
-def _sum_list_sizes(blocks: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+def sum_list_sizes(blocks: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Adds up how many rows each list has, int64 [nlist], over blocks of rows."""
     total: NDArray[np.int64] = np.sum(list(blocks), axis=0, dtype=np.int64)
     return total
 

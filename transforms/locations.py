@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ValidationInfo
 
-from index_builder import storage
+from index_builder.datasets import storage
 
 
 class CommandLineText(str):

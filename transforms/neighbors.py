@@ -8,11 +8,11 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.pvalue import AsSingleton
 
-from index_builder.join import open_joined
-from index_builder.joining import REVISION, JoinTask, finish_part, first_pass, part_name
-from index_builder.manifests import Part
-from index_builder.shards import open_index
-from index_builder.short_rows import count_candidates, merge_counts, needs_counts
+from index_builder.datasets.manifests import Part
+from index_builder.index.shards import open_index
+from index_builder.search.join import open_joined
+from index_builder.search.short_rows import count_candidates, merge_counts, needs_counts
+from index_builder.steps.joining import REVISION, JoinTask, finish_part, first_pass, part_name
 from transforms.counters import LOCAL_PROGRESS, count, timed
 
 __all__ = ["REVISION", "STAGE", "JoinNeighbors", "JoinTask", "part_name"]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index_builder import embeddings
+from index_builder.datasets import embeddings
 from transforms.reuse import FoundVector
 from transforms.sources.base import ImageRecord
 

@@ -1,22 +1,24 @@
 """Making queries: assign part by part to the lists of an index, plan the layout, write query shards.
 
-The steps are those of `index_builder.queries`; between them only list sizes and shard numbers travel.
+The steps are those of `index_builder.steps.queries`; between them only list sizes and shard numbers
+travel.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import apache_beam as beam
 import numpy as np
 from apache_beam.utils.shared import Shared
 from numpy.typing import NDArray
 
-from index_builder import queries
-from index_builder.manifests import Part
-from index_builder.queries import QueriesSpec
-from index_builder.shards import IndexDataset, open_index
+from index_builder.datasets.manifests import Part
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.steps import queries
+from index_builder.steps.queries import QueriesSpec
 from transforms.counters import LOCAL_PROGRESS, count, timed
+from transforms.index import sum_list_sizes
 
 STAGE = "queries"
 
@@ -39,7 +41,7 @@ class MakeQueries(beam.PTransform):
             | "ListParts" >> beam.Create(range(len(self.spec.embeddings_parts)))
             | "SpreadParts" >> beam.Reshuffle()
             | "AssignPart" >> beam.ParDo(_AssignPart(self.spec, shared))
-            | "SumListSizes" >> beam.CombineGlobally(_sum_list_sizes).without_defaults()
+            | "SumListSizes" >> beam.CombineGlobally(sum_list_sizes).without_defaults()
             | "PlanLayout" >> beam.FlatMap(_plan, self.spec)
             | "SpreadShards" >> beam.Reshuffle()
             | "BuildShard" >> beam.ParDo(_BuildShard(self.spec, shared))
@@ -66,11 +68,6 @@ class _AssignPart(_WithIndex):
         with timed(STAGE):
             sizes = queries.assign(self._spec, number, index, functools.partial(count, STAGE))
         yield sizes
-
-
-def _sum_list_sizes(blocks: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
-    total: NDArray[np.int64] = np.sum(list(blocks), axis=0, dtype=np.int64)
-    return total
 
 
 def _plan(list_sizes: NDArray[np.int64], spec: QueriesSpec) -> Iterator[int]:

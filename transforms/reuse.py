@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index_builder import embeddings, manifests, storage
-from index_builder.content_index import ContentIndex
-from index_builder.embeddings import list_matrix
+from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.content_index import ContentIndex
+from index_builder.datasets.embeddings import list_matrix
 from index_builder.errors import DatasetError
 
 _COLUMNS = ["vector", "content_sha256", "width", "height", "format"]
@@ -104,7 +104,7 @@ class PreviousVectors:
         if self._file is None or self._file[0] != number:
             self.close()
             path = storage.join(self._folder, self._parts[number].file(".parquet").path)
-            stream = storage.open_binary(path)
+            stream = storage.open_arrow(path)
             parquet = pq.ParquetFile(stream)
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             self._file = (number, stream, parquet, np.cumsum([0, *sizes]))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from index_builder.metrics import Metric
+from index_builder.scoring.metrics import Metric
 
 BINS = 20
 # Scores without a known range are counted by their first eight bits, so memory is bounded and a

@@ -20,6 +20,7 @@ from benchmarks.peers.neighbors import (
     read_vectors,
     recall,
     report,
+    timed_search,
     tune,
 )
 
@@ -53,13 +54,14 @@ def main() -> None:
         return found
 
     setting = tune(options.data, options.target, options.k, list(SETTINGS), search)
-    with clock.stage("search"):
-        _, found = index.search(vectors, options.k + 1)
+    found, rows, queries = timed_search(
+        clock, options.data, len(vectors), options.search_seconds, lambda rows: search(rows, setting)
+    )
     peak = peak_bytes()
     tuned = "nothing to set" if name is None else f"{name} {setting}"
     report(
-        clock.stages, recall=recall(options.data, found, options.k), peak_bytes=peak,
-        note=f"{about['index_key']}, {tuned}",
+        clock.stages, recall=recall(options.data, found, options.k, rows), peak_bytes=peak,
+        note=f"{about['index_key']}, {tuned}, {queries}",
         versions={
             "autofaiss": version("autofaiss"), "faiss-cpu of autofaiss": version("faiss-cpu"),
         },

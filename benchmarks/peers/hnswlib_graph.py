@@ -17,6 +17,7 @@ from benchmarks.peers.neighbors import (
     read_vectors,
     recall,
     report,
+    timed_search,
     tune,
 )
 
@@ -38,20 +39,19 @@ def main() -> None:
     with clock.stage("write"):
         index.save_index(str(options.out / "graph.bin"))
 
-    def search(rows: NDArray[np.int64], ef: int) -> NDArray[np.uint64]:
+    def search(rows: NDArray[np.int64], ef: int) -> NDArray[np.int64]:
         index.set_ef(ef)
-        found: NDArray[np.uint64] = index.knn_query(vectors[rows], options.k + 1)[0]
-        return found
+        return np.asarray(index.knn_query(vectors[rows], options.k + 1)[0]).astype(np.int64)
 
     efs = [ef for ef in EFS if ef > options.k]
     ef = tune(options.data, options.target, options.k, efs, search)
-    index.set_ef(ef)
-    with clock.stage("search"):
-        found, _ = index.knn_query(vectors, options.k + 1)
+    found, rows, queries = timed_search(
+        clock, options.data, len(vectors), options.search_seconds, lambda rows: search(rows, ef)
+    )
     peak = peak_bytes()
     report(
-        clock.stages, recall=recall(options.data, found.astype(np.int64), options.k), peak_bytes=peak,
-        note=f"M {LINKS}, ef_construction {EF_CONSTRUCTION}, ef {ef}",
+        clock.stages, recall=recall(options.data, found, options.k, rows), peak_bytes=peak,
+        note=f"M {LINKS}, ef_construction {EF_CONSTRUCTION}, ef {ef}, {queries}",
         versions={"hnswlib": version("hnswlib")},
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -19,17 +20,29 @@ TIE = 2e-6
 
 
 class Clock:
-    """Seconds of the stages of one measurement, in the order in which they began."""
+    """Seconds of the stages of one measurement, in the order in which they began.
+
+    It prints what it knows whenever a stage begins or ends, for whoever stops this process.
+    """
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
+        self.cpu_seconds = 0.0
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a block and adds it to a stage."""
-        start = time.perf_counter()
+    def stage(self, name: str, share: float = 1.0) -> Iterator[None]:
+        """Times a block, which does `share` of a stage, and adds the whole to the stage."""
+        self._tell(name)
+        start, used = time.perf_counter(), time.process_time()
         yield
-        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+        seconds = (time.perf_counter() - start) / share
+        self.stages[name] = self.stages.get(name, 0.0) + seconds
+        self.cpu_seconds += (time.process_time() - used) / share
+        self._tell(None)
+
+    def _tell(self, running: str | None) -> None:
+        known = {"stages": self.stages, "running": running, "at": time.time()}
+        print(json.dumps({"clock": known}), flush=True)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -43,6 +56,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--k", type=int, required=True)
     found.add_argument("--target", type=float, default=0.0, help="recall to tune the search to")
     found.add_argument("--threads", type=int, required=True)
+    found.add_argument(
+        "--search-seconds", type=float, default=math.inf,
+        help="a longer search is measured on a sample of the queries, and multiplied",
+    )  # fmt: skip
     return found
 
 
@@ -104,6 +121,35 @@ def tune(
         if reached is not None and reached >= target:
             return setting
     return settings[-1]
+
+
+def timed_search(
+    clock: Clock,
+    data: Path,
+    count: int,
+    most_seconds: float,
+    search: Callable[[Any], NDArray[Any]],
+) -> tuple[NDArray[Any], NDArray[np.int64] | None, str]:
+    """Searches for all `count` rows of a set, or for a sample where that would take too long.
+
+    `search` takes a slice or row numbers. A first search, of the rows whose neighbours are known, is
+    not timed and tells how long all would take; the time of a sample, which has those rows and random
+    others, is multiplied. Returns what was found, the rows (None: all, in order), and a note.
+    """
+    pilot = read_queries(data)
+    start = time.perf_counter()
+    search(pilot)
+    expected = (time.perf_counter() - start) * count / len(pilot)
+    sample = max(len(pilot), int(count * most_seconds / expected)) if expected > most_seconds else count
+    if sample >= count:
+        with clock.stage("search"):
+            return search(slice(None)), None, "all queries"
+    others = np.setdiff1d(np.arange(count), pilot)
+    drawn = np.random.default_rng(0).choice(others, sample - len(pilot), replace=False)
+    rows = np.sort(np.concatenate([pilot, drawn]))
+    with clock.stage("search", share=sample / count):
+        found = search(rows)
+    return found, rows, f"{sample:,} queries, multiplied"
 
 
 def peak_bytes() -> int:

@@ -19,6 +19,7 @@ from benchmarks.peers.neighbors import (
     read_vectors,
     recall,
     report,
+    timed_search,
     tune,
 )
 
@@ -62,12 +63,13 @@ def main() -> None:
 
     searcher.set_num_threads(options.threads)
     setting = tune(options.data, options.target, options.k, list(SETTINGS), search)
-    with clock.stage("search"):
-        found = search(slice(None), setting)
+    found, rows, queries = timed_search(
+        clock, options.data, len(vectors), options.search_seconds, lambda rows: search(rows, setting)
+    )
     peak = peak_bytes()
     report(
-        clock.stages, recall=recall(options.data, found, options.k), peak_bytes=peak,
-        note=f"{setting[0]:g} nprobe leaves, {setting[1]} k reordered",
+        clock.stages, recall=recall(options.data, found, options.k, rows), peak_bytes=peak,
+        note=f"{setting[0]:g} nprobe leaves, {setting[1]} k reordered, {queries}",
         versions={"scann": version("scann")},
     )  # fmt: skip
 

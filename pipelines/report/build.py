@@ -1,15 +1,16 @@
 """Gathering what the report page shows: figures, failures, and the pictures of its examples."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from index_builder import manifests, storage
+from index_builder.datasets import manifests, storage
 from index_builder.errors import KithError
-from index_builder.join import lookup_rows
-from index_builder.shards import open_index
+from index_builder.index.shards import open_index
+from index_builder.search.join import lookup_rows
 from pipelines.config import Config
 from pipelines.publish import read_pointer
 from pipelines.report.page import render_page, thumbnail
@@ -20,25 +21,40 @@ from transforms.sources.base import ImageSource
 _MOST_FAILURES = 200
 
 
-def write_report(
-    path: str,
-    run: Mapping[str, Any],
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What the page of a run shows beside its `run.json`: figures, failures, pictures by image id."""
+
+    evaluation: Mapping[str, Any]
+    failed: Sequence[Mapping[str, Any]]
+    pictures: Mapping[str, str]
+
+    def write(self, path: str, run: Mapping[str, Any]) -> None:
+        """Writes the page of a run."""
+        page = render_page(run, self.evaluation, self.failed, self.pictures)
+        storage.write_bytes(path, page.encode())
+
+
+def gather_page(
     evaluation: Mapping[str, Any],
     failures_folder: str,
-    index_folder: str,
+    index_folder: str | None,
     sources: Sequence[ImageSource],
     max_pixels: int,
-) -> None:
-    """Writes the page of a run; the pictures of its examples are read from the sources again."""
+) -> Page:
+    """Gathers what a page shows; the pictures of its examples are read from the sources again.
+
+    A run that was refused for its embeddings has neither an evaluation, which is empty then, nor an
+    index.
+    """
     failed = read_failures(failures_folder, _MOST_FAILURES)
-    places = _places(evaluation, index_folder)
+    places = {} if index_folder is None else _places(evaluation, index_folder)
     places |= {
         row["image_id"]: (row["source_shard"], row["row"])
         for row in failed
         if row["image_id"] is not None and row["row"] is not None
     }
-    page = render_page(run, evaluation, failed, _thumbnails(places, sources, max_pixels))
-    storage.write_bytes(path, page.encode())
+    return Page(evaluation, failed, _thumbnails(places, sources, max_pixels))
 
 
 def read_failures(folder: str, most: int) -> list[dict[str, Any]]:
@@ -49,7 +65,7 @@ def read_failures(folder: str, most: int) -> list[dict[str, Any]]:
             break
         if part.rows:
             path = storage.join(folder, part.file(".parquet").path)
-            with storage.open_binary(path) as file:
+            with storage.open_arrow(path) as file:
                 rows += pq.read_table(file).slice(0, most - len(rows)).to_pylist()
     return rows
 
@@ -110,15 +126,12 @@ def rewrite_report(config: Config, run_id: str | None, output: str | None) -> st
         kind: dataset_folder(config.workspace, kind, identity)
         for kind, identity in run["fingerprints"].items()
     }
-    evaluation = storage.read_json(storage.join(places["evaluation"], "evaluation.json"))
+    evaluation: Mapping[str, Any] = {}
+    if "evaluation" in places:
+        evaluation = storage.read_json(storage.join(places["evaluation"], "evaluation.json"))
     path = output or storage.join(folder, "report.html")
-    write_report(
-        path,
-        run,
-        evaluation,
-        places["failures"],
-        places["index"],
-        config.images.sources,
-        config.images.max_pixels,
-    )
+    images = config.images
+    gather_page(
+        evaluation, places["failures"], places.get("index"), images.sources, images.max_pixels
+    ).write(path, run)
     return path

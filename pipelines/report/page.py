@@ -127,6 +127,7 @@ def render_page(
         version=str(run.get("kith_version", "")),
         status=str(run.get("status") or "unknown"),
         status_tone=_STATUS_TONES.get(str(run.get("status")), _NEUTRAL),
+        reason=run.get("reason"),
         started_at=run.get("started_at"),
         date=figures.date(run.get("started_at")),
         headline=_headline(run),

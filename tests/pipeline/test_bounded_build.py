@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from index_builder import embeddings, manifests
-from index_builder.embeddings import EmbeddingSchema
-from index_builder.manifests import Manifest, Part
-from index_builder.vectors import unit_float16
+from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.embeddings import EmbeddingSchema
+from index_builder.datasets.manifests import Manifest, Part
+from index_builder.scoring.vectors import unit_float16
 
 ROWS, DIM, PARTS = 200_000, 448, 2
 GROUP_ROWS = 2048

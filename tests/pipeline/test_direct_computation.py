@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from index_builder.errors import ImageError
-from index_builder.vectors import unit_float16
+from index_builder.scoring.vectors import unit_float16
 from tests.catalog_fixtures import Published, vectors_of
 from tests.pipeline.small_catalogue import METADATA, load, write_config
 from transforms.decoding import decode_image

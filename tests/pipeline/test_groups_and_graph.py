@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from index_builder import embeddings, graph, groups, manifests
-from index_builder.embeddings import describe_schema
-from index_builder.errors import ConfigError, DatasetError, FingerprintError
-from index_builder.manifests import Manifest
-from index_builder.shards import open_index, read_shard_table
+from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.embeddings import describe_schema
+from index_builder.datasets.manifests import Manifest
+from index_builder.errors import ConfigError, DatasetError, FingerprintError, KithError
+from index_builder.index.shards import open_index, open_shard, read_shard_table
+from index_builder.search import groups
+from index_builder.steps import graph
 from pipelines.build_index import build_index
 from pipelines.config import Config
 from pipelines.evaluate_neighbors import evaluate_neighbors
@@ -102,6 +104,45 @@ def all_ids(index: str) -> list[str]:
     return [str(name) for name in pa.concat_tables(tables)["image_id"].to_pylist()]
 
 
+def test_what_was_linked_with_a_damaged_shard_is_linked_again(index: str, tmp_path: Path) -> None:
+    """Its own task sees the checksum; those that had streamed it before must not be believed."""
+    copy = tmp_path / "index"
+    shutil.copytree(index, copy)
+    opened = open_index(str(copy))
+    smallest = min(range(SHARDS), key=lambda number: opened.parts[number].rows)
+    path = copy / opened.parts[smallest].file(".faiss").path
+    good = path.read_bytes()
+    with open_shard(opened, smallest, ()) as shard:
+        code = shard.codes()[:1]
+    place = good.index(code.tobytes())
+    # A vector turned round: nothing but the checksum tells.
+    path.write_bytes(good[:place] + (-code).tobytes() + good[place + code.nbytes :])
+    config = settings(tmp_path)
+    with pytest.raises(DatasetError, match=rf"{path.name} does not match its checksum"):
+        find_groups(config, session(), str(copy))
+    left = list((tmp_path / "w").rglob("forest-*.npy"))
+    assert left
+    assert not list((tmp_path / "w").rglob("part-*.parquet"))
+    path.write_bytes(good)
+    made = find_groups(config, session(), str(copy))
+    assert made.counters["groups.images"] == ROWS
+    assert table_of(made).equals(
+        table_of(find_groups(settings(tmp_path / "straight"), session(), index))
+    )
+
+
+def test_a_truncated_shard_is_refused_before_any_is_linked(index: str, tmp_path: Path) -> None:
+    copy = tmp_path / "index"
+    shutil.copytree(index, copy)
+    path = copy / "shard-00001.faiss"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        DatasetError, match=r"1 of its files .*: shard-00001\.faiss has \d+ bytes, wanted"
+    ):
+        find_groups(settings(tmp_path), session(), str(copy))
+    assert not (tmp_path / "w").exists()
+
+
 def test_groups_are_made_once_and_describe_themselves(index: str, tmp_path: Path) -> None:
     config = settings(tmp_path)
     made = find_groups(config, session(), index)
@@ -136,7 +177,7 @@ def fail_at(number: int, function: Any) -> Any:
 
     def failing(*arguments: Any, **more: Any) -> Any:
         if next(calls, None) is None:
-            raise DatasetError("killed")
+            raise KithError("killed")
         return function(*arguments, **more)
 
     return failing
@@ -156,7 +197,7 @@ def test_killed_groups_go_on_and_have_the_same_bytes(
             # Forests are marked first, then the parts.
             failing = fail_at(SHARDS + 1, manifests.mark_part)
             patched.setattr(manifests, "mark_part", failing)
-        with pytest.raises(DatasetError, match="killed"):
+        with pytest.raises(KithError, match="killed"):
             find_groups(config, session(), index)
     again = find_groups(config, session(), index)
     assert again.state == "resumed"
@@ -271,7 +312,7 @@ def test_a_killed_graph_goes_on_and_has_the_same_bytes(
     config = settings(tmp_path / "killed")
     with monkeypatch.context() as patched:
         patched.setattr(manifests, "mark_part", fail_at(marks, manifests.mark_part))
-        with pytest.raises(DatasetError, match="killed"):
+        with pytest.raises(KithError, match="killed"):
             neighbor_graph(config, session(), index, joined.folder)
     again = neighbor_graph(config, session(), index, joined.folder)
     assert again.state == "resumed"

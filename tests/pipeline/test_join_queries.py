@@ -12,14 +12,20 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from index_builder import library, manifests, neighbors, queries
+from index_builder import library
+from index_builder.datasets import manifests
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
 from index_builder.library import IndexSpec, JoinRules, JoinSpec
+from index_builder.rules.conditions import Condition
+from index_builder.search import neighbors
+from index_builder.search.groups import GroupsRef
+from index_builder.steps import queries
 from pipelines.build_index import build_index
 from pipelines.cli import app
 from pipelines.config import Config
 from pipelines.evaluate_neighbors import evaluate_neighbors
 from pipelines.export_neighbors import export_neighbors
+from pipelines.find_groups import find_groups
 from pipelines.join_neighbors import join_neighbors
 from pipelines.join_queries import join_queries
 from pipelines.stage import MADE, UNCHANGED
@@ -108,6 +114,66 @@ def test_the_command_joins_queries_and_the_export_takes_them(made: Path, tmp_pat
     assert exported.manifest.rows == ASKED
     with pytest.raises(FingerprintError, match="queries that are not in the index"):
         evaluate_neighbors(config, session(), str(made / "index"), report["neighbors"])
+
+
+def test_candidates_have_the_columns_of_their_groups(made: Path, tmp_path: Path) -> None:
+    rules = {"candidates": [{"column": "is_representative", "equals": True}], "max_per": {"group": 1}}
+    sections: dict[str, Any] = {
+        "duplicates": {"threshold": 0.8},
+        "export": {"columns": ["brand", "group", "group_size"]},
+    }
+    config = configuration(tmp_path, join={"k": 5, "rules": rules}, **sections)
+    index, asked = str(made / "index"), str(made / "asked")
+    with pytest.raises(DatasetError, match="are none for this index.*Run kith groups"):
+        join_queries(config, session(), index, asked)
+    grouped = find_groups(config, session(), index)
+    found = join_queries(config, session(), index, asked)
+    rows = library.read_neighbors(found.neighbors.folder).to_pylist()
+    by_id = {}
+    for part in grouped.manifest.parts:
+        table = pq.read_table(Path(grouped.folder) / f"{part.name}.parquet")
+        by_id |= {row["image_id"]: row for row in table.to_pylist()}
+    assert len({row["group"] for row in by_id.values()}) < CORPUS - 50
+    # All that may be found, best first, from a join without rules that searches the same lists.
+    plain = configuration(tmp_path, join={"k": CORPUS, "max_probe": 0})
+    everything = library.read_neighbors(join_queries(plain, session(), index, asked).neighbors.folder)
+    whole = dict(
+        zip(everything["query_id"].to_pylist(), everything["neighbor_ids"].to_pylist(), strict=True)
+    )
+    filled = [row for row in rows if row["status"] == "filled"]
+    assert len(filled) > 0.9 * ASKED
+    for row in rows:
+        eligible = [name for name in whole[row["query_id"]] if by_id[name]["is_representative"]]
+        if len(eligible) >= 5:  # Others were searched again in more lists.
+            assert row["neighbor_ids"] == eligible[:5]
+        assert row["neighbor_group"] == row["neighbor_ids"]
+        assert row["neighbor_group_size"] == [by_id[n]["group_size"] for n in row["neighbor_ids"]]
+        assert (row["query_group"], row["query_group_size"]) == (None, None)
+    spec = JoinSpec(
+        5,
+        JoinRules(candidates=(Condition("is_representative", equals=True),), max_per=(("group", 1),)),
+        columns=("brand", "group", "group_size"),
+        groups=GroupsRef(grouped.folder, grouped.manifest.content),
+    )
+    mine = library.join(index, str(tmp_path / "n"), spec, queries_folder=found.queries.folder)
+    assert same_files(found.neighbors.folder, mine)
+    # Groups that were changed are met by their checksum, as a changed shard is.
+    path = Path(grouped.folder) / "part-00001.parquet"
+    pq.write_table(pq.read_table(path), path, compression="NONE")
+    with pytest.raises(DatasetError, match=r"groups/.*part-00001\.parquet does not match its checksum"):
+        library.join(index, str(tmp_path / "again"), spec, queries_folder=found.queries.folder)
+
+
+@pytest.mark.parametrize("key", ["same", "different"])
+def test_queries_have_no_groups_to_compare(key: str, made: Path, tmp_path: Path) -> None:
+    config = configuration(
+        tmp_path, join={"k": 5, "rules": {key: ["group"]}}, duplicates={"threshold": 0.8}
+    )
+    find_groups(config, session(), str(made / "index"))
+    text = r"join\.rules: .*'group'.* near-duplicate groups, which .* not rows of the index"
+    with pytest.raises(ConfigError, match=text):
+        join_queries(config, session(), str(made / "index"), str(made / "asked"))
+    assert not (tmp_path / "w" / "queries").exists()
 
 
 def test_a_list_of_new_items(made: Path, tmp_path: Path) -> None:

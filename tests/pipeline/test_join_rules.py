@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from index_builder import joining, library, manifests
+from index_builder import library
+from index_builder.datasets import manifests
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
-from index_builder.shards import IndexDataset, open_index
-from index_builder.short_rows import search_again
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.search.short_rows import search_again
+from index_builder.steps import joining
 from pipelines.build_index import build_index
 from pipelines.config import Config
 from pipelines.evaluate_neighbors import evaluate_neighbors, read_evaluation
@@ -113,7 +115,7 @@ def test_rules_go_through_all_stages(index: IndexDataset, catalogue: Catalogue, 
 
 def joining_rule(joined: Dataset) -> Any:
     """The exclusions as the manifest names them."""
-    from index_builder.rules import ExclusionRule
+    from index_builder.rules.rules import ExclusionRule
 
     value = joined.manifest.properties["rules"]["exclude"]
     return ExclusionRule(

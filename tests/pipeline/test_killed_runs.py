@@ -1,5 +1,6 @@
 """Runs killed with SIGKILL go on to the bytes of an undisturbed run; readers never notice."""
 
+import json
 import random
 import threading
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from index_builder import manifests
+from index_builder.datasets import manifests
 from pipelines.check import check_everything
 from pipelines.nightly import run_nightly
 from pipelines.search_images import search_images
@@ -71,6 +72,8 @@ def test_killed_between_the_export_and_the_pointer(night: Work, tmp_path: Path) 
     # All datasets are complete, the run is described, and yet nothing is published.
     assert dataset_bytes(workspace) == night.undisturbed
     assert (workspace / "current.json").read_bytes() == pointer
+    described = [json.loads(path.read_text()) for path in (workspace / "runs").glob("*/run.json")]
+    assert sorted(run["status"] for run in described) == ["published", "publishing"]
     run = run_nightly(load(workspace.parent / "c.yaml"), session()).run
     assert {stage["state"] for stage in run["stages"].values()} == {"unchanged"}
     assert Published(workspace).pointer["run"] == run["run_id"]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import manifests
+from index_builder.datasets import manifests
 from index_builder.errors import ConfigError, FingerprintError, GateError, KithError
 from pipelines.check import check_everything
 from pipelines.embed_images import Embedded, embed_images

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import manifests
+from index_builder.datasets import manifests
+from index_builder.datasets.manifests import Manifest
 from index_builder.errors import DatasetError, FingerprintError
-from index_builder.manifests import Manifest
-from index_builder.shards import open_index
+from index_builder.index.shards import open_index
 from pipelines.build_index import build_index
 from pipelines.embed_images import Embedded, embed_images
 from pipelines.join_neighbors import join_neighbors

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import manifests, storage
+from index_builder.datasets import manifests, storage
 from index_builder.errors import DatasetError, FingerprintError, GateError, KithError
-from index_builder.vectors import unit_float16
+from index_builder.scoring.vectors import unit_float16
 from pipelines import nightly
 from pipelines.nightly import run_nightly
 from pipelines.search_images import search_images
@@ -95,6 +95,8 @@ def test_books_and_report(finished: Path) -> None:
     assert counters["embed.images_failed_empty"] == 1
     page = (finished / "runs" / run["run_id"] / "report.html").read_text()
     assert "zero_bytes.jpg" in page
+    assert (run["status"], run["reason"]) == ("published", None)
+    assert ">published</span>" in page
     assert page.count("data:image/") > 50
 
 

@@ -64,8 +64,8 @@ def test_embedding_is_one_fused_step(catalogue: Path, tmp_path: Path) -> None:
 
 
 def test_joining_is_one_fused_step(tmp_path: Path) -> None:
-    from index_builder.join import JoinSpec
-    from index_builder.joining import JoinTask
+    from index_builder.search.join import JoinSpec
+    from index_builder.steps.joining import JoinTask
 
     graph = join_neighbors.JoinConfig((0, 1), JoinTask("index", JoinSpec(3), "neighbors", "key"))
     stages = fused_stages(lambda root: join_neighbors.define_pipeline(root, graph))
@@ -104,7 +104,7 @@ def portable() -> Iterator[tuple[str, ...]]:
             process.wait()
 
 
-@pytest.mark.timeout(110)
+@pytest.mark.timeout(240)
 def test_a_portable_runner_gives_the_same_bytes(
     finished: Path, catalogue: Path, tmp_path: Path, portable: tuple[str, ...]
 ) -> None:
@@ -140,13 +140,13 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-@pytest.mark.timeout(110)
+@pytest.mark.timeout(240)
 def test_everything_in_a_bucket(finished: Path, catalogue: Path, emulator: str, tmp_path: Path) -> None:
     environment = os.environ | {"STORAGE_EMULATOR_HOST": emulator}
     config = write_config(tmp_path / "c.yaml", "gs://kith/data", "gs://kith/w")
     script = (
         "import sys, pathlib\n"
-        "from index_builder import storage\n"
+        "from index_builder.datasets import storage\n"
         "root = pathlib.Path(sys.argv[1])\n"
         "for path in sorted(root.glob('catalog/*')) + sorted(root.glob('hard/*')):\n"
         "    storage.write_bytes('gs://kith/data/' + str(path.relative_to(root)), path.read_bytes())\n"
@@ -160,7 +160,7 @@ def test_everything_in_a_bucket(finished: Path, catalogue: Path, emulator: str, 
     assert run["pointer_path"] == "gs://kith/w/current.json"
     copy = (
         "import sys, pathlib\n"
-        "from index_builder import storage\n"
+        "from index_builder.datasets import storage\n"
         "for path in storage.glob('gs://kith/w/**'):\n"
         "    target = pathlib.Path(sys.argv[1]) / path.removeprefix('gs://kith/w/')\n"
         "    target.parent.mkdir(parents=True, exist_ok=True)\n"

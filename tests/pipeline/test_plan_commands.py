@@ -7,7 +7,7 @@ from typing import Any
 import faiss
 import pytest
 
-from index_builder import shards
+from index_builder.index import shards
 from pipelines import cli
 from tests.catalog_fixtures import Published
 

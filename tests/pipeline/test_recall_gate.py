@@ -1,6 +1,7 @@
 """Recall as a promise, through whole runs: calibrated, certified, raised, refused."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from index_builder import building, calibration, manifests
-from index_builder import spec as index_spec
-from index_builder.building import BuildSpec, Retry
-from index_builder.calibration import CalibrationSpec
+from index_builder.datasets import manifests
 from index_builder.errors import GateError
-from index_builder.recall import Promise
-from index_builder.rules import JoinRules
-from index_builder.shards import SHARED_PART
-from index_builder.spec import IndexSpec
-from index_builder.training import load_trained
+from index_builder.index import spec as index_spec
+from index_builder.index.shards import SHARED_PART
+from index_builder.index.spec import IndexSpec
+from index_builder.index.training import load_trained
+from index_builder.recall import calibration
+from index_builder.recall.calibration import CalibrationSpec
+from index_builder.recall.recall import Promise
+from index_builder.rules.exclusions import ExclusionSpec, find_exclusions
+from index_builder.rules.rules import JoinRules
+from index_builder.steps import building, nprobe_choice
+from index_builder.steps.build_spec import BuildSpec, Retry
 from pipelines.build_index import define_pipeline, next_attempt
 from pipelines.config import Config
 from pipelines.evaluate_neighbors import evaluate_neighbors, read_evaluation
@@ -27,6 +31,7 @@ from pipelines.runners import RunnerSpec, run_pipeline
 from pipelines.stage import Session
 from tests.index_fixtures import clustered_catalogue, write_embeddings
 from tests.pipeline.small_catalogue import load, session, write_catalogue, write_config
+from tests.unit.test_exclusions import write_pairs
 
 INDEX = {"transform": {"type": "pca", "dim": 32}, "nlist": 32, "shards": 3}
 
@@ -151,7 +156,7 @@ def test_a_given_nprobe_is_never_raised(catalogue: Path, workspace: Path, tmp_pa
     fixed = load(tmp_path / "c.yaml", "index.nprobe=1")
     assert fixed.calibration_spec() is None
     assert fixed.promise().attempts == 1 < config.promise().attempts
-    properties = {"attempt": 1, "nprobe": 1, "nlist": 32, "calibration": None}
+    properties = {"attempt": 1, "nprobe": 1, "nlist": 32, "calibration": None, "refine": None}
     built = manifests.Manifest("index", "f", {}, [], (), properties)
     assert next_attempt(config, "index", built) is None
     chosen = manifests.Manifest("index", "f", {}, [], (), properties | {"calibration": {}})
@@ -167,18 +172,21 @@ def test_a_pipeline_chooses_as_a_plain_loop_does_and_only_once(
     catalogue = clustered_catalogue(300, 16, centres=40)
     parts = tuple(write_embeddings(tmp_path / "source", catalogue, parts=4))
     request = IndexSpec(nlist=24, shards=2).resolve(300, 16)
+    ids = catalogue.image_ids
+    path = write_pairs(tmp_path / "pairs.parquet", list(itertools.pairwise(ids)))
+    files = find_exclusions(ExclusionSpec((path,), symmetric=True))
     spec = BuildSpec(
         str(tmp_path / "source"), parts, request, str(tmp_path / "looped"), "key",
-        calibration=CalibrationSpec(Promise(0.9, sample=100, attempts=3), 5, JoinRules()),
+        calibration=CalibrationSpec(Promise(0.9, sample=100, attempts=3), 5, JoinRules(), files),
     )  # fmt: skip
-    building.calibrate(spec, load_trained(building.train(spec)))
-    figures = building.settled_calibration(spec)
+    nprobe_choice.calibrate(spec, load_trained(building.train(spec)))
+    figures = nprobe_choice.settled_calibration(spec)
     assert figures is not None
     assert 1 <= figures["nprobe"] < 24
     assert figures["queries"] == 100
     piped = dataclasses.replace(spec, index_folder=str(tmp_path / "piped"))
     run_pipeline(lambda root: define_pipeline(root, piped), session().runner)
-    assert building.settled_calibration(piped) == figures
+    assert nprobe_choice.settled_calibration(piped) == figures
     # An interrupted build goes on with the choice that it had made.
     monkeypatch.delattr(calibration, "choose_nprobe")
     run_pipeline(lambda root: define_pipeline(root, spec), session().runner)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from index_builder import manifests, storage
+from index_builder.datasets import manifests, storage
 from index_builder.errors import DatasetError, GateError, KithError
 from pipelines import cli
 from pipelines.check import check_everything
@@ -73,9 +73,42 @@ def test_the_recall_gate_ends_with_status_1_and_describes_the_run(
     assert [run["status"] for run in refused] == ["refused"]
     assert refused[0]["recall"]["lower_bound"] < 0.999 == refused[0]["recall"]["minimum"]
     assert refused[0]["export"] is None
+    assert refused[0]["reason"] == message
     # The page of a refused run says why.
     page = (workspace / "runs" / refused[0]["run_id"] / "report.html").read_text()
     assert "refused" in page.lower()
+
+
+def test_the_failure_gate_describes_the_run_as_far_as_it_came(
+    workspace: Path, catalogue: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path / "c.yaml", catalogue, workspace, embeddings={"max_failed_fraction": 0.01}
+    )
+    earlier = {path.name for path in (workspace / "runs").iterdir()}
+    status, result, _ = kith(capsys, "nightly", "--config", str(config))
+    assert (status, result["error"]["kind"]) == (1, "GateError")
+    (folder,) = (path for path in (workspace / "runs").iterdir() if path.name not in earlier)
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["run_id"], run["status"]) == (folder.name, "refused")
+    assert run["reason"] == result["error"]["message"]
+    assert "3 of 72 images failed" in run["reason"]
+    assert run["images"]["failed_by_reason"] == {"empty": 1, "truncated": 1, "unsupported_format": 1}
+    assert list(run["stages"]) == ["embed"]
+    assert set(run["fingerprints"]) == {"embeddings", "failures"}
+    assert run["attempts"] == []
+    later = ("index", "join", "recall", "truth", "duplicates", "graph", "export")
+    assert [run[name] for name in later] == [None] * len(later)
+    # The page says why, and which images; it can be made again.
+    page = (folder / "report.html").read_text()
+    assert run["reason"].split(":")[0] in page
+    assert "zero_bytes.jpg" in page
+    (folder / "report.html").unlink()
+    status, result, _ = kith(capsys, "report", "--config", str(config), "--run", folder.name)
+    assert (status, result["report_path"]) == (0, str(folder / "report.html"))
+    again = (folder / "report.html").read_text()
+    assert run["reason"].split(":")[0] in again
+    assert "zero_bytes.jpg" in again
 
 
 def test_books_that_do_not_balance_are_not_published(
@@ -221,6 +254,10 @@ def test_no_space_left_anywhere(
     monkeypatch.undo()
     assert str(met[0]) in str(caught.value)
     assert "Free some space" in str(caught.value)
+    runs = [json.loads(path.read_text()) for path in (workspace / "runs").glob("*/run.json")]
+    ended = sorted((run["status"], run["reason"]) for run in runs)
+    unpublished = [("failed", str(caught.value))] if full_at == "current.json" else []
+    assert ended == [*unpublished, ("published", None)]
     # The unfinished file gave its space back, and what was published is whole.
     assert list(workspace.rglob(".writing-*")) == []
     earlier = load(write_config(tmp_path / "earlier.yaml", catalogue, workspace))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from index_builder.manifests import Part
+from index_builder.datasets.manifests import Part
 from pipelines.embed_images import Embedded, embed_images
 from pipelines.embed_plan import plan_embedding
 from pipelines.nightly import run_nightly

@@ -1,4 +1,7 @@
-"""Engines, precisions and scaled decoding against float32 Keras, on the whole sample."""
+"""The whole sample: a new user's run, and engines, precisions and scaled decoding against Keras.
+
+The run is OpenVINO's pass over the sample in float32, too.
+"""
 
 import io
 from collections.abc import Callable
@@ -10,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from index_builder.spec import TransformSpec
-from index_builder.transform import learn_transform
-from index_builder.vectors import unit_float16
-from tests.pipeline.small_catalogue import SAMPLES
+from index_builder.index.spec import TransformSpec
+from index_builder.index.transform import learn_transform
+from index_builder.scoring.vectors import unit_float16
+from pipelines.nightly import run_nightly
+from tests.catalog_fixtures import Published, vectors_of
+from tests.pipeline.small_catalogue import SAMPLES, load, session
 from transforms.decoding import DecodePolicy, decode_image
 from transforms.encoders.efficientnet_lite0 import IMAGENET_WEIGHTS, build_model, preprocess_input
 from transforms.encoders.engines.choice import EngineChoice, cpu_has_bfloat16
@@ -24,14 +29,16 @@ from transforms.preprocessing import Preprocessing
 from transforms.sources.base import ImageRecord
 from transforms.sources.tfrecord import TFRecordSource
 
+ROOT = Path(__file__).parents[2]
 BATCH = 63
 ENLARGED = 400
 PREPROCESSING = Preprocessing((224, 224))
 
 
 class Sample(NamedTuple):
-    """The committed catalogue: encoded images, and the object that each one shows."""
+    """The committed catalogue: ids, encoded images, and the object that each one shows."""
 
+    ids: list[str | None]
     images: list[bytes]
     objects: np.ndarray
 
@@ -44,7 +51,9 @@ def sample() -> Sample:
     records = [r for shard in shards for r in source.read(shard, {"object_id": "string"})]
     images = [record for record in records if isinstance(record, ImageRecord)]
     return Sample(
-        [image.data for image in images], np.array([image.metadata["object_id"] for image in images])
+        [image.image_id for image in images],
+        [image.data for image in images],
+        np.array([image.metadata["object_id"] for image in images]),
     )
 
 
@@ -69,7 +78,7 @@ def pixels(sample: Sample) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def reference(pixels: np.ndarray) -> np.ndarray:
+def of_keras(pixels: np.ndarray) -> np.ndarray:
     """The vectors of the Keras model itself, in float32."""
     keras = import_keras()
     whole = build_model()
@@ -115,17 +124,57 @@ def assert_retrieves_as_well(found: np.ndarray, wanted: np.ndarray, objects: np.
     assert all(got >= reference - 0.01 for got, reference in pairs)
 
 
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """What the default configuration publishes of the sample."""
+    workspace = tmp_path_factory.mktemp("night") / "w"
+    run_nightly(load(ROOT / "configs" / "local.yaml", f"workspace={workspace}"), session())
+    return Published(workspace)
+
+
+@pytest.fixture(scope="module")
+def reference(night: Published, sample: Sample) -> np.ndarray:
+    """The vectors of that run, by OpenVINO in float32, in the order of the sample.
+
+    They are of unit length and in float16, which moves a cosine by less than 1e-6.
+    """
+    encoder = night.manifest("embeddings").properties["encoder"]
+    assert (encoder["engine"], encoder["precision"]) == ("openvino", "float32")
+    table = night.table("embeddings")
+    found = dict(zip(table["image_id"].to_pylist(), vectors_of(table), strict=True))
+    return np.stack([found[image_id] for image_id in sample.ids])
+
+
+def test_a_new_users_run_finds_other_drawings_of_the_same_object(night: Published) -> None:
+    run = night.run
+    assert run["images"]["read"] == 1902
+    assert run["images"]["failed_by_reason"] == {"empty": 1, "truncated": 1, "unsupported_format": 1}
+    assert run["index"]["shards"] == 4
+    assert run["truth"]["queries"] == 1890
+    assert run["truth"]["hit_rate_at_1"] >= 0.43
+    assert run["truth"]["hit_rate_at_k"] >= 0.78
+    assert run["recall"]["lower_bound"] >= 0.95
+    assert run["join"]["pairs"] == run["join"]["queries"] * 20
+
+
 def test_the_reference_finds_what_it_is_known_to_find(reference: np.ndarray, sample: Sample) -> None:
     assert len(sample.images) == 1890
     assert hit_rates(reference, sample.objects) == pytest.approx((0.437, 0.761), abs=0.01)
 
 
-@pytest.mark.parametrize("engine", ["tensorflow", "openvino"])
-def test_float32_engines_give_the_vectors_of_keras(
-    engine: str, pixels: np.ndarray, reference: np.ndarray
+def test_openvino_in_float32_gives_the_vectors_of_keras(
+    reference: np.ndarray, of_keras: np.ndarray
 ) -> None:
-    found = encoded(EngineChoice(engine), pixels)
-    assert np.einsum("ij,ij->i", unit(found), unit(reference)).min() >= 0.99999
+    assert np.einsum("ij,ij->i", unit(reference), unit(of_keras)).min() >= 0.99999
+
+
+def test_tensorflow_in_float32_gives_the_vectors_of_keras(
+    pixels: np.ndarray, of_keras: np.ndarray
+) -> None:
+    # One less than whole batches, so that the last one is filled up.
+    found = encoded(EngineChoice("tensorflow"), pixels[:-1])
+    assert len(found) % BATCH == BATCH - 1
+    assert np.einsum("ij,ij->i", unit(found), unit(of_keras[:-1])).min() >= 0.99999
 
 
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU does not multiply bfloat16")

@@ -9,11 +9,11 @@ import apache_beam as beam
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner, execution
 
-from index_builder import storage
-from index_builder.joining import JoinTask
-from index_builder.manifests import WORK_FOLDER
-from index_builder.queries import QueriesSpec
-from index_builder.shards import open_index
+from index_builder.datasets import storage
+from index_builder.datasets.manifests import WORK_FOLDER
+from index_builder.index.shards import open_index
+from index_builder.steps.joining import JoinTask
+from index_builder.steps.queries import QueriesSpec
 from pipelines import build_index, embed_images, export_neighbors, join_neighbors, join_queries
 from pipelines.build_index import IdCheck
 from pipelines.embed_plan import EmbedPlan, plan_embedding

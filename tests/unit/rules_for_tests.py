@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from index_builder.conditions import Condition
-from index_builder.rules import JoinRules
-from index_builder.shards import IndexDataset
+from index_builder.index.shards import IndexDataset
+from index_builder.rules.conditions import Condition
+from index_builder.rules.rules import JoinRules
 from tests.index_fixtures import Catalogue, brute_force
 
 Pairs = Collection[tuple[str, str]]

@@ -6,17 +6,20 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from tensorflow.core.example import example_pb2
 
 from benchmarks import (
     embed,
     figures,
+    join,
     join_options,
     join_parts,
     peer_runs,
@@ -25,17 +28,18 @@ from benchmarks import (
     vectors,
 )
 from benchmarks.bfloat16_product import BFloat16Product
-from benchmarks.embed import Compared, chosen_shards, run_command, serial_limit
+from benchmarks.embed import Compared, Ratio, chosen_shards, run_command, serial_limit
 from benchmarks.embed_parts import write_config
-from benchmarks.join_figures import COMMAND, KITH, LIBRARY, SEARCH, Product, Run, Summary
+from benchmarks.join_figures import COMMAND, KITH, LIBRARY, SEARCH, WHOLE, Product, Run, Summary
+from benchmarks.join_log import Log
 from benchmarks.join_runs import JOIN_PEERS, lists_of
-from benchmarks.peer_runs import PEERS, Peer, SkippedError
+from benchmarks.peer_runs import PEERS, Peer, SkippedError, StoppedError
 from benchmarks.peers import faiss_join, neighbors
 from benchmarks.peers.records import find_records, parse_example, read_record
 from index_builder import library
 from index_builder.errors import ConfigError
-from index_builder.join import JoinSpec
-from index_builder.spec import IndexSpec
+from index_builder.index.spec import IndexSpec
+from index_builder.search.join import JoinSpec
 from transforms.encoders import efficientnet_lite0
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +92,11 @@ def test_sizes_qualities_and_codings_take_turns(originals: list[Image.Image]) ->
             seen.add((tuple(tables[0]), "progressive" in image.info))
     assert len(seen) == 6
     assert {progressive for _, progressive in seen} == {False, True}
+    for number in range(27, 54, 9):  # Progressive ones, when they take turns.
+        data = photographs.make_photograph(number, originals, "baseline")
+        assert data != photographs.make_photograph(number, originals)
+        with Image.open(io.BytesIO(data)) as image:
+            assert "progressive" not in image.info
 
 
 def test_an_upright_photograph_stays_upright(originals: list[Image.Image]) -> None:
@@ -120,7 +129,7 @@ def test_the_catalogue_is_whole_and_made_once(
 def test_an_interrupted_catalogue_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(number: int, originals: list[Image.Image]) -> bytes:
+    def interrupt(number: int, originals: list[Image.Image], coding: str) -> bytes:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(photographs, "make_photograph", interrupt)
@@ -221,6 +230,31 @@ def run_code(code: str) -> dict[str, object]:
 def test_the_last_line_is_the_result() -> None:
     code = """print('{"not": "this"}'); print('50 % [###]{"images": 3}')"""
     assert run_code(code) == {"images": 3}
+
+
+def test_what_takes_too_long_is_stopped_and_tells_how_far_it_came() -> None:
+    code = """
+import time
+from benchmarks.peers.neighbors import Clock
+clock = Clock()
+with clock.stage("read"):
+    pass
+with clock.stage("build"):
+    time.sleep(60)
+"""
+    with pytest.raises(StoppedError, match="stopped after 2 seconds") as stopped:
+        peer_runs.run_for_json([sys.executable, "-c", code], 2)
+    stages = stopped.value.stages()
+    assert list(stages) == ["read", "build"]
+    assert stages["read"] < 0.5
+    # Starting Python is no part of the stage.
+    assert 0.2 < stages["build"] < 2.5
+
+
+def test_what_is_stopped_between_stages_has_those_that_ended() -> None:
+    line = json.dumps({"clock": {"stages": {"build": 3.0}, "running": None, "at": 1.0}})
+    assert StoppedError(9, ["a line", line]).stages() == {"build": 3.0}
+    assert StoppedError(9, []).stages() == {}
 
 
 @pytest.mark.parametrize(
@@ -387,6 +421,34 @@ def test_recall_counts_each_right_neighbour_once(made: Path) -> None:
     assert (neighbors.recall(made, exact[:2], 5, rows) is None) == (not known & {0, 1})
 
 
+def test_a_long_search_is_measured_on_a_sample_and_multiplied(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def search(rows: Any) -> np.ndarray:
+        numbers = np.arange(2_000)[rows]
+        asked.append(numbers)
+        time.sleep(len(numbers) * 1e-4)
+        return numbers[:, None]
+
+    clock = neighbors.Clock()
+    found, rows, note = neighbors.timed_search(clock, made, 2_000, 1e9, search)
+    assert (len(found), rows, note) == (2_000, None, "all queries")
+    clock = neighbors.Clock()
+    found, rows, note = neighbors.timed_search(clock, made, 2_000, 0.15, search)
+    assert rows is not None
+    assert 1_000 <= len(rows) < 2_000
+    assert note == f"{len(rows):,} queries, multiplied"
+    assert (found[:, 0] == rows).all()
+    # Those whose neighbours are known are among them, and the time is that of all.
+    assert len(np.unique(rows)) == len(rows)
+    assert np.isin(neighbors.read_queries(made), rows).all()
+    assert clock.stages["search"] >= 0.2
+    lines = [json.loads(line)["clock"] for line in capsys.readouterr().out.splitlines()]
+    assert [line["running"] for line in lines] == ["search", None] * 2
+
+
 def test_tuning_takes_the_first_setting_that_is_good_enough(made: Path) -> None:
     matrix = np.load(made / "vectors.npy").astype(np.float32)
     exact = np.argsort(-(matrix @ matrix.T), axis=1)
@@ -477,10 +539,12 @@ def test_the_ratios_of_a_join() -> None:
         a_run(SEARCH, KITH, 2.0, pairs=50, recall=0.96),
         a_run(SEARCH, KITH, 3.0, pairs=50, recall=0.97),
         a_run(SEARCH, "peer", 6.0, recall=0.97),
-        a_run(LIBRARY, KITH, 10.0),
-        a_run(COMMAND, KITH, 18.0, stages={"start": 7.0, "work": 11.0}),
+        a_run(LIBRARY, KITH, 10.0, cpu_seconds=15.0),
+        a_run(COMMAND, KITH, 18.0, stages={"start": 7.0, "work": 11.0}, cpu_seconds=18.0),
+        a_run(WHOLE, KITH, 5.0),
+        a_run(WHOLE, "slow", 20.0, at_least=True),
     ]
-    limits = [Product("9 x 4", "float32", rate, "numpy", "one call") for rate in (100.0, 200.0)]
+    limits = [Product("9 x 4", "float32", rate, "numpy", "one call", 4) for rate in (100.0, 200.0)]
     summary = Summary(runs, limits)
     ratios = {ratio.name: ratio for ratio in summary.ratios()}
     # 2 x 4 operations for each of 50 pairs, 200 a second: 2 seconds.
@@ -489,14 +553,65 @@ def test_the_ratios_of_a_join() -> None:
     assert ratios["9 x 4: peer / Kith, search only"].note == "recall 0.9700 against 0.9700: 1.0000"
     # At most 5 seconds of a start are left out.
     assert ratios["9 x 4: kith join / library call"].value == pytest.approx(1.3)
+    assert ratios["9 x 4: kith join / library call, CPU time"].value == pytest.approx(1.2)
+    assert ratios["9 x 4: slow / Kith, from vectors"].value == pytest.approx(4.0)
+    assert ratios["9 x 4: slow / Kith, from vectors"].note == "at least"
     by_name = {figure.name: figure for figure in summary.figures()}
     assert by_name["search only: peer"].ratio == pytest.approx(0.5)
     assert by_name["limit, float32"].seconds == pytest.approx(2.0)
 
 
+def test_the_growth_is_that_of_a_pair_and_dimension() -> None:
+    small = a_run(SEARCH, KITH, 4.0, pairs=50)
+    large = dataclasses.replace(small, set="90 x 4", rows=90, seconds=50.0, pairs=500)
+    ratios = {ratio.name: ratio.value for ratio in Summary([large, small], []).ratios()}
+    assert list(ratios)[-3:] == [
+        "ps a pair and dimension, 9 x 4",
+        "ps a pair and dimension, 90 x 4",
+        "ps a pair and dimension, most / least, dim 4",
+    ]
+    assert ratios["ps a pair and dimension, 9 x 4"] == pytest.approx(4.0 / 50 / 4 * 1e12)
+    assert ratios["ps a pair and dimension, most / least, dim 4"] == pytest.approx(1.25)
+
+
+def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
+    path, machine = tmp_path / "runs.jsonl", {"cpu": "some", "cores": 2, "python": "3.11"}
+    quiet = Console(quiet=True)
+    log = Log(path, machine, quiet)
+    log.add_run(a_run(SEARCH, KITH, 4.0, pairs=50, recall=0.9), {"faiss-cpu": "1"})
+    log.add_product(Product("9 x 4", "float32", 1e9, "numpy", "one call", 4))
+    log.add_ratio(Ratio("memory", 2.0))
+    log.skip("a peer", "is not there")
+    # Killed here, then continued: a ratio that is measured again is replaced.
+    again = Log(path, machine, quiet)
+    again.add_ratio(Ratio("memory", 1.0))
+    for found in (again, Log(path, machine, quiet)):
+        assert found.runs == log.runs
+        assert found.products == log.products
+        assert found.ratios == [Ratio("memory", 1.0)]
+        assert (found.skipped, found.versions) == (log.skipped, log.versions)
+        assert found.recall("9 x 4") == 0.9
+    with pytest.raises(ValueError, match="holds runs of .*'cores': 2.*this machine is .*'cores': 3"):
+        Log(path, machine | {"cores": 3}, quiet)
+
+
+def test_kept_runs_are_shown_without_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs.jsonl"
+    kept = Log(path, figures.describe_machine(), Console(quiet=True))
+    kept.add_run(a_run(SEARCH, KITH, 4.0, pairs=50), {})
+    join.main(["--only", "none", "--runs", str(path), "--folder", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [run["seconds"] for run in found["runs"]] == [4.0]
+    assert [figure["name"] for figure in found["figures"]] == ["search only: Kith"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--only", "search,all"], "got 'all', wanted some of search,vectors,beam,growth,identical"),
+        (["--memory", "sample"], "--growth and --memory take sizes, not sample"),
         (["--sizes", "200000"], "got '200000', wanted sizes such as 200000x256, or sample"),
         (["--peers", "annoy"], "got 'annoy', wanted some of ivf,batch,knn,autofaiss,hnswlib,scann"),
         (["--rounds", "0"], "--rounds, --k and --nprobe must be at least 1"),

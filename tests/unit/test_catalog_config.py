@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from index_builder.datasets.table_files import TableSpec
 from index_builder.errors import ConfigError
-from index_builder.table_files import TableSpec
 from pipelines.config import Config
 from pipelines.config_loading import load_config
 from pipelines.preflight import check_inputs

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
-from index_builder import manifests, neighbors
-from index_builder.manifests import Manifest, Part
+from index_builder.datasets import manifests
+from index_builder.datasets.manifests import Manifest, Part
+from index_builder.errors import KithError
+from index_builder.search import neighbors
 from pipelines import cli
+from pipelines.config import Config
 from pipelines.publish import publish
+from pipelines.runners import RunnerSpec
+from pipelines.stage import Session
 from tests.unit.images_for_tests import encode, picture
 from tests.unit.records_for_tests import example, write_records
 
@@ -197,9 +202,41 @@ def test_an_unknown_runner_ends_with_2(config: Path, capsys: pytest.CaptureFixtu
     assert run(*line) == 2
     message = only_json(capsys.readouterr().out)["error"]["message"]
     assert message.startswith("runner: Beam cannot make a pipeline for 'FlonkRunner'")
-    # What stood after the dashes belongs to that one call.
-    assert run("check", "--config", config, "--json") == 0
-    assert cli._beam_options == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "own", "beam_options"),
+    [
+        ([], [], ()),
+        (["nightly", "-c", "x"], ["nightly", "-c", "x"], ()),
+        (["nightly", "--", "--runner=F", "--a"], ["nightly"], ("--runner=F", "--a")),
+        (["nightly", "--", "--a", "--", "b"], ["nightly"], ("--a", "--", "b")),
+        (["nightly", "--"], ["nightly"], ()),
+    ],
+)
+def test_a_line_is_split_at_the_first_dashes(
+    line: list[str], own: list[str], beam_options: tuple[str, ...]
+) -> None:
+    assert cli.split_beam_options(line) == (own, beam_options)
+
+
+def test_what_stands_after_the_dashes_belongs_to_one_call(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+
+    def refused(config: Config, session: Session, replay: str | None) -> None:
+        told.append(session.runner)
+        raise KithError("far enough")
+
+    monkeypatch.setattr("pipelines.embed_images.embed_images", refused)
+    assert run("embed", "--config", config, "--", "--runner=FlinkRunner", "--parallelism=2") == 1
+    assert run("embed", "--config", config) == 1
+    assert told == [
+        RunnerSpec("DirectRunner", ("--runner=FlinkRunner", "--parallelism=2")),
+        RunnerSpec("DirectRunner"),
+    ]
+    assert capsys.readouterr().err == "kith embed: far enough\n" * 2
 
 
 def test_what_a_library_prints_stays_out_of_the_json(

@@ -4,11 +4,11 @@ import faiss
 import numpy as np
 import pytest
 
-from index_builder import coarse_graph
-from index_builder.assignment import nearest_lists
-from index_builder.coarse_graph import build_graph, nearest_by_graph
-from index_builder.metrics import Metric
-from index_builder.vectors import unit_float16
+from index_builder.index import coarse_graph
+from index_builder.index.assignment import nearest_lists
+from index_builder.index.coarse_graph import build_graph, nearest_by_graph
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.vectors import unit_float16
 
 
 def vectors(rows: int, seed: int) -> np.ndarray:
@@ -16,6 +16,22 @@ def vectors(rows: int, seed: int) -> np.ndarray:
     centres = np.random.default_rng(7).normal(size=(30, 24))
     unit, _ = unit_float16(centres[rng.integers(30, size=rows)] + 0.6 * rng.normal(size=(rows, 24)))
     return unit
+
+
+def made_centroids(rows: int, clustered: bool, seed: int) -> np.ndarray:
+    """Directions in 32 dimensions, independent ones or around 300 centres."""
+    rng = np.random.default_rng(seed)
+    found = rng.normal(size=(rows, 32))
+    if clustered:
+        centres = np.random.default_rng(9).normal(size=(300, 32))
+        found = centres[rng.integers(300, size=rows)] + 0.6 * found
+    return unit_float16(found)[0]
+
+
+def shares_found(found: np.ndarray, exact: np.ndarray) -> tuple[float, float, float]:
+    """The share of the exact lists that were found, of rows with all of them, and with the nearest."""
+    right = (found[:, :, None] == exact[:, None, :]).any(axis=1)
+    return float(right.mean()), float(right.all(axis=1).mean()), float(right[:, 0].mean())
 
 
 @pytest.mark.parametrize("metric", [Metric.COSINE, Metric.EUCLIDEAN, Metric.INNER_PRODUCT])
@@ -41,6 +57,18 @@ def test_the_graph_finds_the_lists_that_are_found_by_comparing_all(
     for row, other in zip(found, wanted, strict=True):
         if set(row) == set(other):
             assert row.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_of_many_lists_hardly_one_is_missed(clustered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small version of tests/torture/test_many_lists.py."""
+    centroids, queries = made_centroids(12_000, clustered, 1), made_centroids(300, clustered, 2)
+    exact = nearest_lists(queries, centroids, 16)
+    monkeypatch.setattr(coarse_graph, "GRAPH_LISTS", 11_999)
+    recall, whole, nearest = shares_found(nearest_lists(queries, centroids, 16), exact)
+    assert recall >= 0.995
+    assert whole >= 0.95
+    assert nearest >= 0.995
 
 
 def test_up_to_the_threshold_all_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder.conditions import Condition, check_condition, satisfied
 from index_builder.errors import ConfigError
+from index_builder.rules.conditions import Condition, check_condition, satisfied
 from tests.unit.rules_for_tests import holds
 
 PRICES = pa.table(

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from index_builder.conditions import Condition
 from index_builder.errors import ConfigError
-from index_builder.exclusions import ExclusionSpec
-from index_builder.graph import GraphSpec
-from index_builder.join import JoinSpec
-from index_builder.metrics import Metric
-from index_builder.pairs import PairSpec
-from index_builder.rules import JoinRules
+from index_builder.rules.conditions import Condition
+from index_builder.rules.exclusions import ExclusionSpec
+from index_builder.rules.rules import JoinRules
+from index_builder.scoring.metrics import Metric
+from index_builder.search.join import JoinSpec
+from index_builder.steps.graph import GraphSpec
+from index_builder.steps.pairs import PairSpec
 from pipelines.config import Config
 from pipelines.config_loading import load_config
 from transforms.decoding import DecodePolicy
@@ -83,6 +83,8 @@ def test_what_is_left_out_has_its_documented_default(tmp_path: Path) -> None:
             "nlist": None,
             "nprobe": None,
             "shards": None,
+            "encoding": None,
+            "refine": 10,
             "training_rows": 500_000,
             "seed": 0,
             "memory_limit_gib": 8.0,
@@ -319,6 +321,16 @@ def test_unknown_keys_are_refused_with_their_path(tmp_path: Path, text: str, wan
         ("join: {k: many}", "join.k: got 'many', wanted: "),
         ("join: {k: 0}", "join.k: got 0, wanted: "),
         ("join: {k: 2.5}", "join.k: got 2.5, wanted: "),
+        ("join: {k: true}", "join.k: got True, wanted: Input should be a valid integer"),
+        ("join: {rules: {max_per: {brand: yes}}}", "join.rules.max_per.brand: got True, wanted: "),
+        ("join: {threads: on}", "join.threads: got True, wanted: "),
+        ("encoder: {input_size: [224, true]}", "encoder.input_size.1: got True, wanted: "),
+        ("evaluate: {min_recall: true}", "evaluate.min_recall: got True, wanted: Input should be a"),
+        ("duplicates: {threshold: false}", "duplicates.threshold: got False, wanted: "),
+        (
+            "images: {sources: [{format: files, paths: a, files_per_shard: true}]}",
+            "images.sources.0.files_per_shard: got True, wanted: ",
+        ),
         ("join: {rules: {same: brand}}", "join.rules.same: got 'brand', wanted: "),
         ("join:", "join: got None, wanted: "),
         ("nightly: {publish: maybe}", "nightly.publish: got 'maybe', wanted: "),
@@ -598,6 +610,39 @@ def test_resource_hints_are_those_of_beam(tmp_path: Path) -> None:
         load(tmp_path, f"{WORKSPACE}\nembeddings: {{resource_hints: {{horses: '2'}}}}")
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not valid YAML: the key 'k' stands twice(.|\n)*line 4"):
-        load(tmp_path, f"{WORKSPACE}join:\n  k: 5\n  k: 6\n")
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("join:\n  k: 5\n  k: 6\n", "the key 'k' stands twice in one mapping, in lines 3 and 4"),
+        ("index: {}\njoin: {}\nindex: {}\n", "'index' stands twice in one mapping, in lines 2 and 4"),
+        ("join: {k: 5, k: 6}\n", "the key 'k' stands twice in one mapping, in lines 2 and 2"),
+        ("join: {k: 5, 'k': 5}\n", "the key 'k' stands twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    message = refusal(tmp_path, "workspace: w\n" + text)
+    assert "kith.yaml is not valid YAML: " in message
+    assert told in message
+    assert "Correct it there." in message
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, WORKSPACE, "join={k: 5, k: 6}")
+    assert message.startswith("--set join: '{k: 5, k: 6}' is not valid YAML: the key 'k' stands twice")
+
+
+def test_a_key_that_was_merged_may_stand_again(tmp_path: Path) -> None:
+    text = """
+join:
+  rules:
+    queries:
+      - &sold {column: brand, equals: a}
+      - &other {<<: *sold, equals: b}
+      - {<<: *other, equals: c}
+"""
+    queries = load(tmp_path, WORKSPACE + text).join.rules.queries
+    assert [(query.column, query.equals) for query in queries] == [
+        ("brand", "a"),
+        ("brand", "b"),
+        ("brand", "c"),
+    ]

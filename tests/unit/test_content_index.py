@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import content_index
-from index_builder.content_index import ContentIndex, build_content_index
-from index_builder.embeddings import EmbeddingSchema
-from index_builder.manifests import Part, describe_file
+from index_builder.datasets import content_index
+from index_builder.datasets.content_index import ContentIndex, build_content_index
+from index_builder.datasets.embeddings import EmbeddingSchema
+from index_builder.datasets.manifests import Part, describe_file
 
 
 def digest_of(number: int) -> bytes:

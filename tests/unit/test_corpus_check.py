@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import manifests
-from index_builder.corpus_check import PartFindings, check_corpus, check_part, judge_corpus
-from index_builder.errors import DatasetError
-from index_builder.manifests import Part
-from index_builder.metrics import Metric
+from index_builder import library
+from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.manifests import Manifest, Part
+from index_builder.errors import DatasetError, KithError
+from index_builder.index.spec import IndexSpec
+from index_builder.scoring.metrics import Metric
+from index_builder.steps.corpus_check import PartFindings, check_corpus, check_part, judge_corpus
 from tests.index_fixtures import Catalogue, gaussian_catalogue, write_embeddings
 
 DIM = 6
@@ -205,3 +207,55 @@ def test_a_long_list_of_parts_is_cut() -> None:
         *(f"  part-{number:05d}: is bad" for number in range(5)),
         "  and 4 more parts",
     ]
+
+
+def fill(row: int, number: float) -> Rewrite:
+    """Fills a row's vector with one number."""
+
+    def change(table: pa.Table) -> pa.Table:
+        vectors = np.array(embeddings.list_matrix(table["vector"]))
+        vectors[row] = number
+        place = table.schema.get_field_index("vector")
+        return table.set_column(place, table.schema.field(place), embeddings.list_array(vectors))
+
+    return change
+
+
+def repeat_an_id(table: pa.Table) -> pa.Table:
+    return pa.concat_tables([table.slice(0, 1), table.slice(0, len(table) - 1)])
+
+
+def shorten(table: pa.Table) -> pa.Table:
+    vectors = embeddings.list_matrix(table["vector"])[:, : DIM - 1]
+    place = table.schema.get_field_index("vector")
+    return table.set_column(place, "vector", embeddings.list_array(vectors))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (fill(7, np.nan), "part-00001: 1 of its vectors is not finite"),
+        (fill(7, np.inf), "part-00001: 1 of its vectors is not finite"),
+        (fill(7, 0), "part-00001: 1 of its vectors is zero, which has no direction"),
+        (shorten, "part-00001: its vectors have dim 5, the manifest says 6"),
+        (repeat_an_id, "1 image ids occur more than once"),
+        (None, r"part-00001\.parquet is missing"),
+    ],
+    ids=["nan", "inf", "zero", "dim", "duplicate id", "missing part"],
+)
+def test_a_build_refuses_a_bad_corpus_and_leaves_nothing(
+    change: Rewrite | None, message: str, tmp_path: Path
+) -> None:
+    folder, parts = corpus(tmp_path / "e")
+    if change is not None:
+        parts[1] = rewritten(folder, parts[1], change)
+    schema = pq.read_schema(f"{folder}/{parts[0].name}.parquet")
+    described = embeddings.describe_schema(schema)
+    manifests.commit(
+        folder, Manifest(embeddings.KIND, "f" * 64, {}, described, tuple(parts), {"dim": DIM})
+    )
+    if change is None:
+        Path(folder, "part-00001.parquet").unlink()
+    with pytest.raises(KithError, match=message):
+        library.build(folder, str(tmp_path / "index"), IndexSpec(nlist=4))
+    assert not (tmp_path / "index").exists()

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from index_builder import library, neighbors
+from index_builder import library
 from index_builder.errors import DatasetError
+from index_builder.index.shards import open_index, open_shard
 from index_builder.library import IndexSpec, JoinSpec
-from index_builder.shards import open_index, open_shard
+from index_builder.search import neighbors
 
 
 @pytest.fixture(scope="module")

@@ -40,19 +40,8 @@ def test_lossless_formats_keep_every_pixel(format: str) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(format: str, orientation: int) -> None:
     upright = make.picture()
-    undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
-    stored = upright
-    if orientation in undo:
-        method = {
-            2: Image.Transpose.FLIP_LEFT_RIGHT,
-            3: Image.Transpose.ROTATE_180,
-            4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_90,
-            7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_270,
-        }[orientation]
-        stored = np.array(Image.fromarray(upright).transpose(method))
+    method = make.STORED_AS.get(orientation)
+    stored = upright if method is None else np.array(Image.fromarray(upright).transpose(method))
     options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(format, {})
     image = decode_image(make.oriented(stored, format, orientation, **options))
     assert (image.height, image.width) == upright.shape[:2]

@@ -12,9 +12,9 @@ from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index_builder import manifests
+from index_builder.datasets import manifests
+from index_builder.datasets.manifests import Part
 from index_builder.errors import DatasetError
-from index_builder.manifests import Part
 from pipelines.runners import RunnerSpec, make_pipeline, run_pipeline
 from transforms.duplicates import MOST_LISTED, FindDuplicateIds, IdPart, find_duplicates, split_ids
 

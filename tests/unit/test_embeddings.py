@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_builder import embeddings, manifests
-from index_builder.embeddings import EmbeddingSchema
+from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.embeddings import EmbeddingSchema
+from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import DatasetError
-from index_builder.manifests import Manifest, Part
-from index_builder.neighbors import NeighborsSchema
-from index_builder.vectors import unit_float16
+from index_builder.scoring.vectors import unit_float16
+from index_builder.search.neighbors import NeighborsSchema
 from tests.index_fixtures import Catalogue, gaussian_catalogue, write_embeddings
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index_builder.neighbors import FILLED, NeighborsSchema
+from index_builder.search.neighbors import FILLED, NeighborsSchema
 from transforms.evaluate import KINDS, EvaluateSpec, Summary
 
 SCHEMA = NeighborsSchema((("kind", pa.string()), ("group", pa.string()))).arrow()

@@ -7,14 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_builder.conditions import Condition
 from index_builder.errors import DatasetError
-from index_builder.evaluation import TruthHits, measure_recall, truth_ranks
-from index_builder.join import JoinSpec, join_shard
-from index_builder.recall import Certificate, Promise
-from index_builder.rules import JoinRules
-from index_builder.shards import IndexDataset
-from index_builder.spec import IndexSpec
+from index_builder.index.shards import IndexDataset
+from index_builder.index.spec import IndexSpec
+from index_builder.recall.evaluation import TruthHits, measure_recall, truth_ranks
+from index_builder.recall.recall import Certificate, Promise
+from index_builder.rules.conditions import Condition
+from index_builder.rules.rules import JoinRules
+from index_builder.search.join import JoinSpec, join_shard
 from tests.index_fixtures import (
     Catalogue,
     brute_force,

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from index_builder.conditions import Condition
-from index_builder.corpus import Corpus
-from index_builder.exact_search import ExactSearch, merge_found, search_part, searchable_rules
-from index_builder.metrics import Metric
-from index_builder.rules import ExclusionRule, JoinRules
-from index_builder.table_files import TableSpec, open_table
-from index_builder.transform import Transform
-from index_builder.vectors import round_float16, unit_float16
+from index_builder.datasets.table_files import TableSpec, open_table
+from index_builder.index.transform import Transform
+from index_builder.rules.conditions import Condition
+from index_builder.rules.rules import ExclusionRule, JoinRules
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.vectors import round_float16, unit_float16
+from index_builder.search.corpus import Corpus
+from index_builder.search.exact_search import ExactSearch, merge_found, search_part, searchable_rules
 from tests.index_fixtures import gaussian_catalogue, scattered_ids, write_embeddings
 
 N, DIM, K = 700, 12, 6

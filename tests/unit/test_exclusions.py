@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder import exclusions, manifests
+from index_builder.datasets import manifests
 from index_builder.errors import ConfigError, DatasetError
-from index_builder.exclusions import (
+from index_builder.rules import exclusions
+from index_builder.rules.exclusions import (
     ExclusionSpec,
     IdShards,
     exclusions_identity,

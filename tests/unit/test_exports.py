@@ -14,10 +14,10 @@ from apache_beam.testing.util import assert_that
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder import manifests
+from index_builder.datasets import manifests
+from index_builder.datasets.manifests import Part
 from index_builder.errors import DatasetError
-from index_builder.manifests import Part
-from index_builder.neighbors import FILLED, NeighborsSchema
+from index_builder.search.neighbors import FILLED, NeighborsSchema
 from pipelines.runners import RunnerSpec, make_pipeline, run_pipeline
 from transforms.exports import (
     ExportNeighbors,

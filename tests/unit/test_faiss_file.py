@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
-from index_builder.faiss_file import write_lists
+from index_builder.index.faiss_file import write_lists
 
 
 def empty_index(nlist: int, dim: int = 6, metric: int = faiss.METRIC_INNER_PRODUCT) -> faiss.IndexIVF:

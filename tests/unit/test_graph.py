@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from index_builder.errors import DatasetError
-from index_builder.graph import (
+from index_builder.steps.graph import (
     EDGE_SCHEMA,
     GraphSpec,
     NeighborLists,

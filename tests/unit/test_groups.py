@@ -9,15 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from index_builder import groups, manifests, pairs
-from index_builder.embeddings import describe_schema
+from index_builder.datasets import manifests
+from index_builder.datasets.embeddings import describe_schema
+from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
-from index_builder.groups import Groups, GroupsRef, connect, group_tables, with_groups
-from index_builder.manifests import Manifest, Part
-from index_builder.metrics import Metric
-from index_builder.pairs import PairSpec, check_threshold, link_shard
-from index_builder.shards import IndexDataset, open_shard, read_shard_table
-from index_builder.spec import IndexSpec
+from index_builder.index.shards import IndexDataset, open_shard, read_shard_table
+from index_builder.index.spec import IndexSpec
+from index_builder.scoring.metrics import Metric
+from index_builder.search import groups
+from index_builder.search.groups import Groups, GroupsRef, connect, group_tables, with_groups
+from index_builder.steps import pairs
+from index_builder.steps.pairs import PairSpec, check_threshold, link_shard
 from tests.index_fixtures import Catalogue, build_index, scattered_ids
 
 ROWS = 260
@@ -220,6 +222,29 @@ def test_connecting_nothing_and_chains() -> None:
     assert found.rows.tolist() == [2, 5, 6, 9, 2**40]
     assert found.labels.tolist() == [0, 1, 1, 0, 0]
     assert found.sizes.tolist() == [3, 2]
+
+
+def test_forests_are_connected_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    forests = [rng.integers(0, 900, size=(int(size), 2)) for size in rng.integers(0, 60, size=12)]
+    whole = connect(forests)
+    monkeypatch.setattr(groups, "_EDGES_AT_ONCE", 1)
+    merged: list[int] = []
+    original = groups._add_edges
+
+    def noting(found: Groups, waiting: list[NDArray[np.int64]]) -> Groups:
+        merged.append(len(waiting))
+        return original(found, waiting)
+
+    monkeypatch.setattr(groups, "_add_edges", noting)
+    found = connect(iter(forests))
+    assert len(merged) == 3
+    assert np.array_equal(found.rows, whole.rows)
+    assert np.array_equal(found.labels, whole.labels)
+    linked = np.zeros((900, 900), dtype=bool)
+    for forest in forests:
+        linked[forest[:, 0], forest[:, 1]] = linked[forest[:, 1], forest[:, 0]] = True
+    assert {group for group in as_sets(found) if len(group) > 1} == components(linked)
 
 
 def test_parts_have_the_rows_of_the_shards_and_the_smallest_id_by_bytes(tmp_path: Path) -> None:

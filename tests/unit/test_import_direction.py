@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("index_builder", "transforms", "pipelines")
 LAYERS = "pipelines -> transforms -> index_builder, never back"
+INSIDE_PIPELINES = "in pipelines: commands -> the night -> stages -> configuration, never back"
 BARE_LIBRARY = "index_builder knows neither Beam nor TensorFlow"
 
 
@@ -39,13 +40,14 @@ def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
 
 
 def broken_contracts(output: str) -> set[str]:
-    return {name for name in (LAYERS, BARE_LIBRARY) if f"{name} BROKEN" in output}
+    return {name for name in (LAYERS, INSIDE_PIPELINES, BARE_LIBRARY) if f"{name} BROKEN" in output}
 
 
 def test_the_packages_keep_the_direction(tree: Path) -> None:
     result = lint_imports(tree)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{LAYERS} KEPT" in result.stdout
+    assert f"{INSIDE_PIPELINES} KEPT" in result.stdout
     assert f"{BARE_LIBRARY} KEPT" in result.stdout
 
 
@@ -59,6 +61,8 @@ def test_the_packages_keep_the_direction(tree: Path) -> None:
         ("index_builder/wrong.py", "import pipelines", {LAYERS}),
         ("index_builder/wrong.py", "from transforms import sources", {LAYERS}),
         ("transforms/encoders/wrong.py", "import pipelines.report", {LAYERS}),
+        ("pipelines/sections/wrong.py", "from pipelines import config", {INSIDE_PIPELINES}),
+        ("pipelines/commands/wrong.py", "def late():\n    import pipelines.cli", {INSIDE_PIPELINES}),
     ],
 )
 def test_a_forbidden_import_is_refused(tree: Path, module: str, line: str, broken: set[str]) -> None:

@@ -13,10 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from index_builder import embeddings, importing, manifests, unique_ids
+from index_builder.datasets import embeddings, manifests, unique_ids
 from index_builder.errors import ConfigError, DatasetError
-from index_builder.importing import import_arrays, import_vectors
-from index_builder.vectors import unit_float16
+from index_builder.scoring.vectors import unit_float16
+from index_builder.steps import importing
+from index_builder.steps.importing import import_arrays, import_vectors
 from pipelines.cli import app
 
 ROWS, DIM = 60, 6

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from index_builder import items
 from index_builder.errors import ConfigError
-from index_builder.items import check_items
-from index_builder.rules import JoinRules
-from index_builder.spec import IndexSpec
+from index_builder.index.spec import IndexSpec
+from index_builder.rules.rules import JoinRules
+from index_builder.search import items
+from index_builder.search.items import check_items
 from tests.index_fixtures import Catalogue, build_index, gaussian_catalogue
 from tests.unit.rules_for_tests import several_images
 

@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from index_builder import join, topk
 from index_builder.errors import DatasetError
-from index_builder.join import JoinSpec, join_shard, lookup_rows, probed_shards
-from index_builder.products import timed_products
-from index_builder.rules import JoinRules
-from index_builder.shards import IndexDataset
-from index_builder.spec import IndexSpec, TransformSpec
-from index_builder.tiles import error_bound
+from index_builder.index.shards import IndexDataset
+from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.rules.rules import JoinRules
+from index_builder.scoring import topk
+from index_builder.scoring.products import timed_products
+from index_builder.scoring.tiles import error_bound
+from index_builder.search import join
+from index_builder.search.join import JoinSpec, join_shard, lookup_rows, probed_shards
 from tests.index_fixtures import (
     BruteForce,
     Catalogue,

@@ -8,21 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from index_builder.blocks import IdColumn, PreparedCandidates, PreparedQueries
-from index_builder.list_scan import list_scan, range_rows
-from index_builder.metrics import Metric
-from index_builder.tiles import error_bound
-from index_builder.topk import TopK
+from index_builder.scoring.blocks import IdColumn, PreparedCandidates, PreparedQueries
+from index_builder.scoring.list_scan import list_scan, range_rows
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.tiles import error_bound
+from index_builder.scoring.topk import TopK
 from tests.topk_oracle import (
     METRICS,
-    all_scores,
-    allowed_pairs,
-    best,
-    capped,
+    RuledCase,
     corpus_block,
-    drawn_codes,
-    drawn_ids,
-    drawn_vectors,
     kept,
     pieces,
     query_block,
@@ -49,41 +43,33 @@ class ShiftedProduct:
 @settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_any_small_search(data: st.DataObject) -> None:
-    metric = data.draw(st.sampled_from(METRICS))
-    corpus, queries = drawn_vectors(data, 2, 30, metric), drawn_vectors(data, 2, 6, metric)
-    ids, column = drawn_ids(data, len(corpus))
-    own, others = drawn_codes(data, len(queries), len(corpus))
-    caps = (1, data.draw(st.integers(1, 3)))
+    case = RuledCase.drawn(data, most_queries=6)
     k = data.draw(st.integers(1, 35))
+    rows, queries = len(case.ids), len(case.queries)
 
     # Lists are ranges of the rows, some of them empty; a shard owns pieces of some lists.
     nlist = data.draw(st.integers(1, 6))
-    lists = np.sort(
-        data.draw(st.lists(st.integers(0, nlist - 1), min_size=len(ids), max_size=len(ids)))
-    )
+    lists = np.sort(data.draw(st.lists(st.integers(0, nlist - 1), min_size=rows, max_size=rows)))
     order = st.permutations(range(nlist))
     nprobe = data.draw(st.integers(1, nlist))
-    probes = np.asarray([data.draw(order)[:nprobe] for _ in range(len(queries))], dtype=np.int32)
+    probes = np.asarray([data.draw(order)[:nprobe] for _ in range(queries)], dtype=np.int32)
 
-    top = TopK(len(queries), k, column.max_bytes, metric, caps=caps)
-    prepared = PreparedQueries.of(query_block(queries, own))
+    top = case.no_rows_yet(k)
+    prepared = PreparedQueries.of(query_block(case.queries, case.own))
     product = data.draw(st.sampled_from([None, *map(ShiftedProduct, (-1.0, 0.0, 0.5, 1.0))]))
     threads = data.draw(st.integers(1, 3))
     with list_scan(top, prepared, probes, threads, product) as scan:
-        for start, stop in pieces(data, len(corpus)):
+        for start, stop in pieces(data, rows):
 
             def candidates(number: int, start: int = start, stop: int = stop) -> PreparedCandidates:
                 first, last = np.searchsorted(lists, [number, number + 1]).clip(start, stop).tolist()
-                block = corpus_block(corpus, others).slice(first, last)
-                return PreparedCandidates.of(block, column.slice(first, last), first)
+                block = corpus_block(case.corpus, case.others).slice(first, last)
+                return PreparedCandidates.of(block, case.column.slice(first, last), first)
 
             scan.run(range(nlist), candidates)
 
     probed = (probes[:, :, None] == lists).any(axis=1)
-    ranked = best(
-        all_scores(queries, corpus, metric), ids, len(ids), allowed_pairs(own, others) & probed
-    )
-    assert kept(top, ids) == [capped(row, ids, others, caps)[:k] for row in ranked]
+    assert kept(top, case.ids) == case.best(k, probed)
 
 
 def test_bytes_do_not_depend_on_the_product_or_on_threads() -> None:

@@ -9,15 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from index_builder import join, library
-from index_builder.conditions import Condition
+from index_builder import library
 from index_builder.errors import ConfigError
-from index_builder.exclusions import ExclusionSpec, IdShards, find_exclusions, prepare_exclusions
-from index_builder.join import JoinSpec
-from index_builder.neighbors import MARGIN
-from index_builder.rules import JoinRules, RuleEncoder
-from index_builder.shards import IndexDataset, open_index, read_shard_table
-from index_builder.spec import IndexSpec
+from index_builder.index.shards import IndexDataset, open_index, read_shard_table
+from index_builder.index.spec import IndexSpec
+from index_builder.rules.conditions import Condition
+from index_builder.rules.exclusions import ExclusionSpec, IdShards, find_exclusions, prepare_exclusions
+from index_builder.rules.rules import JoinRules, RuleEncoder
+from index_builder.search import join
+from index_builder.search.join import JoinSpec
+from index_builder.search.neighbors import MARGIN
 from tests.index_fixtures import (
     Catalogue,
     build_index,
@@ -248,5 +249,10 @@ def test_the_library_applies_rules_and_excluded_pairs(catalogue: Catalogue, tmp_
     ]
     assert certificate.queries == len(catalogue)
     assert certificate.estimate == pytest.approx(np.mean(recalls))
+    # The index has no transform but rounding, so the encoder's space has the same neighbours.
+    encoder = library.evaluate(index.folder, folder, spec, exclusions=wanted, embeddings_folder=made)
+    assert encoder.encoder_queries == len(catalogue)
+    answered = [recall for recall, (ids, _) in zip(recalls, exact.values(), strict=True) if ids]
+    assert encoder.encoder_recall == pytest.approx(np.mean(answered), abs=0.01)
     with pytest.raises(ConfigError, match="join.rules.max_per: there is no column 'colour'"):
         library.join(index.folder, folder, JoinSpec(5, JoinRules(max_per=(("colour", 1),))))

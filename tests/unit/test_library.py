@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import building, joining, library, manifests, queries
-from index_builder.embeddings import EmbeddingSchema
+from index_builder import library
+from index_builder.datasets import manifests
+from index_builder.datasets.embeddings import EmbeddingSchema
+from index_builder.datasets.manifests import Manifest
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
-from index_builder.importing import import_arrays
 from index_builder.library import Goal, IndexSpec, JoinSpec, Metric, Promise
-from index_builder.manifests import Manifest
+from index_builder.steps import building, index_manifest, joining, queries
+from index_builder.steps.importing import import_arrays
 
 DIM = 16
 SPEC = IndexSpec(nlist=8, nprobe=4, shards=3)
@@ -51,7 +53,7 @@ class Killed(Exception):
     [
         (building, "assign", "index"),
         (building, "build", "index"),
-        (building, "describe_shared", "index"),
+        (index_manifest, "describe_shared", "index"),
         (queries, "assign", "queries"),
         (queries, "build", "queries"),
         (joining, "join_part", "neighbors"),
@@ -61,8 +63,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     module: Any, step: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queries, "query_shards", lambda *_: 2)
-    monkeypatch.setattr("index_builder.importing._PART_BYTES", 1)
-    monkeypatch.setattr("index_builder.importing.ROW_GROUP_ROWS", 100)
+    monkeypatch.setattr("index_builder.steps.importing._PART_BYTES", 1)
+    monkeypatch.setattr("index_builder.steps.importing.ROW_GROUP_ROWS", 100)
     corpus, asked = write(tmp_path / "corpus", 300), write(tmp_path / "asked", 150, seed=1)
 
     def run(target: Path) -> None:
@@ -155,8 +157,9 @@ def test_an_index_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> N
 
 def test_nprobe_is_chosen_for_a_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # So small an index would be searched whole.
-    monkeypatch.setattr("index_builder.spec._EXACT_ROWS", 100)
-    corpus, index = write(tmp_path / "corpus", 1500), str(tmp_path / "index")
+    monkeypatch.setattr("index_builder.index.spec._EXACT_ROWS", 100)
+    brands = {"brand": [f"b{row % 3}" for row in range(1500)]}
+    corpus, index = write(tmp_path / "corpus", 1500, columns=brands), str(tmp_path / "index")
     goal = Goal(k=5, min_recall=0.9)
     library.build(corpus, index, IndexSpec(nlist=30, shards=2), goal)
     made = manifests.load(index, "index").properties
@@ -166,6 +169,16 @@ def test_nprobe_is_chosen_for_a_recall(tmp_path: Path, monkeypatch: pytest.Monke
     certificate = library.evaluate(index, found, spec, Promise(0.9))
     assert (certificate.k, certificate.nprobe, certificate.rows) == (5, made["nprobe"], 1500)
     assert certificate.estimate >= certificate.lower_bound >= 0.9
+    more = library.evaluate(index, found, spec, Promise(0.9), embeddings_folder=corpus, by="brand")
+    assert more.estimate == certificate.estimate
+    assert more.encoder_recall == pytest.approx(certificate.estimate, abs=0.05)
+    assert more.encoder_queries == 250
+    assert sum(value.rows for value in more.values) == 1500
+    with pytest.raises(ConfigError, match="by: got 'shoe', wanted a column of .*: image_id, item_id"):
+        library.evaluate(index, found, spec, by="shoe")
+    other = write(tmp_path / "other", 200)
+    with pytest.raises(FingerprintError, match=r"other has content .*, but .* was made of .*Give the"):
+        library.evaluate(index, found, spec, embeddings_folder=other)
     with pytest.raises(FingerprintError, match="is not the join of .* with itself under this spec"):
         library.evaluate(index, found, JoinSpec(6))
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from index_builder import manifests, storage
+from index_builder.datasets import manifests, storage
+from index_builder.datasets.fingerprints import fingerprint, short
+from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import DatasetError, KithError
-from index_builder.fingerprints import fingerprint, short
-from index_builder.manifests import Manifest, Part
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -214,7 +214,7 @@ def test_a_part_is_named_from_a_sibling_dataset(tmp_path: Path) -> None:
 def test_fingerprints_are_the_same_in_every_process() -> None:
     value = {"b": [1, 2.5, None, True], "a": {"ü": "日本", "x": ""}, "c": sorted({"q", "r", "s"})}
     program = (
-        "import json, sys; from index_builder.fingerprints import fingerprint; "
+        "import json, sys; from index_builder.datasets.fingerprints import fingerprint; "
         "print(fingerprint(json.loads(sys.argv[1])))"
     )
     found = set()

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from index_builder.errors import ConfigError, DatasetError
-from index_builder.join import JoinSpec
-from index_builder.merging import merge_shards
-from index_builder.metrics import Metric
-from index_builder.shards import IndexDataset, read_shard_table
-from index_builder.spec import IndexSpec, TransformSpec
+from index_builder.index.shards import IndexDataset, read_shard_table
+from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.scoring.metrics import Metric
+from index_builder.search.join import JoinSpec
+from index_builder.steps.merging import merge_shards
 from tests.index_fixtures import build_index, clustered_catalogue, gaussian_catalogue, join_all
 
 TIE = 2e-6

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder import metadata_table, table_files
+from index_builder.datasets import metadata_table, table_files
+from index_builder.datasets.metadata_table import convert_values, count_used, look_up
+from index_builder.datasets.table_files import MetadataTable, TableSpec, open_table
 from index_builder.errors import DatasetError
-from index_builder.metadata_table import convert_values, count_used, look_up
-from index_builder.table_files import MetadataTable, TableSpec, open_table
 
 COLUMNS = (("stock", "int64"), ("price", "float64"), ("brand", "string"), ("new", "bool"))
 

@@ -8,10 +8,10 @@ import faiss
 import numpy as np
 import pytest
 
-from index_builder.metrics import Metric
-from index_builder.shards import read_shard_table
-from index_builder.spec import IndexSpec, TransformSpec
-from index_builder.storage import join
+from index_builder.datasets.storage import join
+from index_builder.index.shards import read_shard_table
+from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.scoring.metrics import Metric
 from tests.index_fixtures import Catalogue, build_index, scattered_ids
 
 

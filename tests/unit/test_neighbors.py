@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from index_builder.neighbors import MARGIN, NeighborsSchema, neighbors_table, slots
-from index_builder.topk import TopK
+from index_builder.scoring.topk import TopK
+from index_builder.search.neighbors import MARGIN, NeighborsSchema, neighbors_table, slots
 from tests.unit.rules_for_tests import margins
 
 CORPUS = pa.table(

@@ -380,6 +380,13 @@ def test_help_names_every_command(project: Path) -> None:
         assert re.search(rf"^  {command} +\S", shown.stdout, re.MULTILINE), command
 
 
+def test_the_tests_take_arguments_that_win(project: Path) -> None:
+    shown = make(project, "--dry-run", "test", "ARGS=-n 0 tests/unit")
+    (line,) = (line for line in shown.stdout.splitlines() if "-m pytest" in line)
+    assert "-n auto" in line
+    assert line.endswith(" -n 0 tests/unit")
+
+
 def test_clean_removes_what_was_made(project: Path) -> None:
     for folder in (".venv", "workspace", "build", "pipelines/__pycache__", ".pytest_cache"):
         (project / folder).mkdir(parents=True)

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from index_builder import embeddings, manifests, plan
+from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError, DatasetError
-from index_builder.host_speed import HostSpeed, measure_host
-from index_builder.manifests import Manifest, Part
-from index_builder.plan import Source
-from index_builder.shards import IndexDataset, open_shard
-from index_builder.spec import Goal, IndexSpec, ResolvedSpec, TransformSpec
+from index_builder.index.shards import IndexDataset, open_shard
+from index_builder.index.spec import Goal, IndexSpec, ResolvedSpec, TransformSpec
+from index_builder.recall.calibration import CalibrationSpec
+from index_builder.recall.recall import Promise
+from index_builder.rules.rules import JoinRules
+from index_builder.steps import plan
+from index_builder.steps.host_speed import HostSpeed, measure_host
+from index_builder.steps.plan import Source
 from pipelines.plan_report import readable_bytes, show_plan
 from tests.index_fixtures import build_index, clustered_catalogue, write_embeddings
 
@@ -114,6 +118,23 @@ def test_a_plan_is_the_sum_of_its_steps() -> None:
         )
     ]
     assert times[1]["assign"] == pytest.approx(2 * times[0]["assign"], 0.01)
+
+
+def test_choosing_nprobe_is_planned_where_it_is_done() -> None:
+    spec = IndexSpec(nlist=100, training_rows=1000).resolve(LARGE.rows, 256, Goal(20, 0.95))
+    plain = plan.plan_build(spec, LARGE, STEADY)
+    assert "calibrate" not in [step.name for step in plain.steps]
+    promised = CalibrationSpec(Promise(0.95, sample=1000), 20, JoinRules())
+    assert [promised.most_queries(rows) for rows in (700, 2000, 10**6)] == [700, 2000, 1000]
+    times = []
+    for queries in (1000, 2000):
+        planned = plan.plan_build(spec, LARGE, STEADY, queries)
+        assert [step.name for step in planned.steps][:3] == ["check", "train", "calibrate"]
+        (step,) = (step for step in planned.steps if step.name == "calibrate")
+        assert planned.seconds == pytest.approx(plain.seconds + step.seconds)
+        assert planned.memory_bytes >= step.memory_bytes > 0
+        times.append(step.seconds)
+    assert times[0] < times[1] < 2 * times[0]
 
 
 def test_the_bytes_on_disk_are_as_planned(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from index_builder import manifests
-from index_builder.manifests import Part
+from index_builder.datasets import manifests
+from index_builder.datasets.manifests import Part
 from pipelines import progress
 from pipelines.progress import watch_stage
 from transforms.counters import LOCAL_PROGRESS, LocalProgress

@@ -10,14 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from index_builder import library, manifests, queries
+from index_builder import library
+from index_builder.datasets import manifests
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
-from index_builder.exclusions import ExclusionSpec
-from index_builder.join import JoinSpec
-from index_builder.rules import JoinRules
-from index_builder.shards import IndexDataset, open_index
-from index_builder.spec import IndexSpec, TransformSpec
-from index_builder.vectors import unit_float16
+from index_builder.index.shards import IndexDataset, open_index
+from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.rules.exclusions import ExclusionSpec
+from index_builder.rules.rules import JoinRules
+from index_builder.scoring.vectors import unit_float16
+from index_builder.search.join import JoinSpec
+from index_builder.steps import queries
 from tests.index_fixtures import parquet_bytes
 
 DIM = 24

@@ -12,19 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from index_builder import building, training
-from index_builder.building import BuildSpec
-from index_builder.calibration import CalibrationSpec, choose_nprobe
-from index_builder.confidence import in_random_order, lower_bound, refutes
+from index_builder.datasets.sampling import evaluation_mask
 from index_builder.errors import GateError
-from index_builder.evaluation import measure_recall
-from index_builder.join import JoinSpec, join_shard
-from index_builder.query_sample import QuerySample
-from index_builder.recall import Certificate, Promise, least_sample, raised_nprobe
-from index_builder.rules import JoinRules
-from index_builder.sampling import evaluation_mask
-from index_builder.shards import IndexDataset
-from index_builder.spec import IndexSpec, Method
+from index_builder.index import training
+from index_builder.index.shards import IndexDataset
+from index_builder.index.spec import IndexSpec, Method
+from index_builder.recall.calibration import CalibrationSpec, choose_nprobe
+from index_builder.recall.confidence import in_random_order, lower_bound, refutes
+from index_builder.recall.evaluation import measure_recall
+from index_builder.recall.query_sample import QuerySample
+from index_builder.recall.recall import Certificate, Promise, least_sample, raised_nprobe
+from index_builder.rules.rules import JoinRules
+from index_builder.search.join import JoinSpec, join_shard
+from index_builder.steps import building, nprobe_choice
+from index_builder.steps.build_spec import BuildSpec
 from pipelines.evaluate_neighbors import check_recall
 from tests.index_fixtures import (
     Catalogue,
@@ -209,8 +210,8 @@ def test_the_chosen_nprobe_is_the_smallest_that_suffices(rules: JoinRules, tmp_p
     calibration = CalibrationSpec(Promise(0.97, sample=150, attempts=3), 10, rules)
     spec = build_spec(tmp_path, catalogue, calibration)
     trained = training.load_trained(building.train(spec))
-    building.calibrate(spec, trained)
-    figures = building.settled_calibration(spec)
+    nprobe_choice.calibrate(spec, trained)
+    figures = nprobe_choice.settled_calibration(spec)
     assert figures is not None
     assert figures["queries"] == len(catalogue)
     index = build_index(tmp_path / "index", catalogue, REQUEST)
@@ -223,7 +224,7 @@ def test_the_chosen_nprobe_is_the_smallest_that_suffices(rules: JoinRules, tmp_p
             np.mean([len(exact[q] & found[q]) / len(exact[q]) if exact[q] else 1 for q in exact])
         )
 
-    nprobe = building.effective_nprobe(spec, trained)
+    nprobe = nprobe_choice.effective_nprobe(spec, trained)
     assert 1 < nprobe < trained.nlist
     # With a cap, a row of an unprobed list may make room for one of a probed list.
     tolerance = 0.005 if rules.max_per else 1e-9
@@ -255,15 +256,15 @@ def test_a_sample_calibrates_for_the_certificate_to_come(tmp_path: Path) -> None
     calibration = CalibrationSpec(Promise(0.9, sample=300, attempts=3), 10, JoinRules())
     spec = build_spec(tmp_path, CORPUS, calibration)
     trained = training.load_trained(building.train(spec))
-    building.calibrate(spec, trained)
-    figures = building.settled_calibration(spec)
+    nprobe_choice.calibrate(spec, trained)
+    figures = nprobe_choice.settled_calibration(spec)
     assert figures is not None
     assert figures["lower_bound"] > 0.9
     assert figures["queries"] == 300
     assert figures["confidence"] == 0.975
     # The choice is kept: a second call does not even read the embeddings.
-    building.calibrate(dataclasses.replace(spec, embeddings_folder="gone"), trained)
-    nprobe = building.effective_nprobe(spec, trained)
+    nprobe_choice.calibrate(dataclasses.replace(spec, embeddings_folder="gone"), trained)
+    nprobe = nprobe_choice.effective_nprobe(spec, trained)
     assert nprobe == figures["nprobe"] < trained.nlist
     recall = certify(tmp_path, CORPUS, dataclasses.replace(REQUEST, nprobe=nprobe), calibration.promise)
     assert recall.lower_bound >= 0.9

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from index_builder.row_order import row_order, vector_keys
+from index_builder.index.row_order import row_order, vector_keys
 
 
 def split_mix(i: int) -> int:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder.conditions import Condition
 from index_builder.errors import ConfigError
-from index_builder.rules import (
+from index_builder.rules.conditions import Condition
+from index_builder.rules.rules import (
     CandidateCodes,
     ExclusionRule,
     JoinRules,

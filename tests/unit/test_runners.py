@@ -18,7 +18,6 @@ from pipelines.runners import (
     describe_pipeline,
     make_pipeline,
     run_pipeline,
-    split_beam_options,
     workspace_lock,
 )
 from transforms.counters import count, timed
@@ -166,22 +165,6 @@ def test_the_graph_can_be_looked_at_without_running_it() -> None:
     )
     names = {transform.unique_name for transform in proto.components.transforms.values()}
     assert {"List", "Break"} <= names
-
-
-@pytest.mark.parametrize(
-    ("line", "own", "beam_options"),
-    [
-        ([], [], ()),
-        (["nightly", "-c", "x"], ["nightly", "-c", "x"], ()),
-        (["nightly", "--", "--runner=F", "--a"], ["nightly"], ("--runner=F", "--a")),
-        (["nightly", "--", "--a", "--", "b"], ["nightly"], ("--a", "--", "b")),
-        (["nightly", "--"], ["nightly"], ()),
-    ],
-)
-def test_a_line_is_split_at_the_first_dashes(
-    line: list[str], own: list[str], beam_options: tuple[str, ...]
-) -> None:
-    assert split_beam_options(line) == (own, beam_options)
 
 
 HOLD = (

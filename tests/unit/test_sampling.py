@@ -6,15 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_builder import embeddings
-from index_builder.sampling import (
+from index_builder.datasets import embeddings
+from index_builder.datasets.sampling import (
     EVALUATION_ROWS,
     evaluation_mask,
     evaluation_overlaps_training,
     read_sample,
     sample_rows,
 )
-from index_builder.vectors import unit_float16
+from index_builder.scoring.vectors import unit_float16
 from tests.index_fixtures import gaussian_catalogue, write_embeddings
 
 

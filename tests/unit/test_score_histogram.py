@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from index_builder.metrics import Metric
+from index_builder.scoring.metrics import Metric
 from transforms.score_histogram import BINS, ScoreHistogram
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from index_builder.errors import ConfigError, DatasetError
-from index_builder.join import JoinSpec
-from index_builder.metrics import Metric
-from index_builder.search import describe_neighbors, search_vectors
-from index_builder.shards import IndexDataset
-from index_builder.spec import IndexSpec, TransformSpec
-from index_builder.vectors import unit_float16
+from index_builder.index.shards import IndexDataset
+from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.vectors import unit_float16
+from index_builder.search.join import JoinSpec
+from index_builder.search.search import describe_neighbors, search_vectors
 from tests.index_fixtures import (
     Catalogue,
     build_index,

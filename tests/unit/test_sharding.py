@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder.sharding import IndexLayout, load_layout, plan_layout, save_layout
+from index_builder.index.sharding import IndexLayout, load_layout, plan_layout, save_layout
 
 SIZES = st.lists(
     st.one_of(st.integers(0, 5), st.integers(0, 200), st.integers(0, 3000)), min_size=1, max_size=60

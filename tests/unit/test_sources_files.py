@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ConfigError, KithError
 from transforms.sources.base import ImageRecord, fixed_folder
 from transforms.sources.files import FilesSource

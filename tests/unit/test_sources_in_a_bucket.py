@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ConfigError
 from transforms.sources.base import ImageRecord, ImageSource
 from transforms.sources.registry import FORMATS, AnySource

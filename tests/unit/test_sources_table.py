@@ -21,7 +21,7 @@ from transforms.sources.table import TableSource
 
 ROWS = 10
 DATA = [f"picture {i}".encode() for i in range(ROWS)]
-CUT = gzip.compress(b"image_id,uri\na,b\n" * 99)[:-20]
+CUT = gzip.compress(b"image_id,uri\na,b\n" * 99, mtime=0)[:-20]
 
 
 @pytest.fixture

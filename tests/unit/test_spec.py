@@ -4,10 +4,9 @@ import re
 
 import pytest
 
+from index_builder.datasets.fingerprints import fingerprint
 from index_builder.errors import ConfigError
-from index_builder.fingerprints import fingerprint
-from index_builder.metrics import Metric
-from index_builder.spec import (
+from index_builder.index.spec import (
     MIN_POINTS_PER_CENTROID,
     Goal,
     IndexSpec,
@@ -16,6 +15,7 @@ from index_builder.spec import (
     check_training_memory,
     join_row_bytes,
 )
+from index_builder.scoring.metrics import Metric
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,13 @@ def test_every_choice_has_a_reason() -> None:
         "method list_major: 1000000 vectors, above 20000, are compared where lists are near",
         "nlist 4000: 4 sqrt(N), 250 rows a list",
         "nprobe 253: 4 sqrt(nlist), evaluate.min_recall 0.95",
-        "encoding float16: 512 bytes a vector, scores are exact",
+        "encoding float16: 512 bytes a vector, unless codes are faster with the nprobe of calibration",
         "shards 2: 244.1 MiB of codes each, at most 256",
     )
     assert spec.choices() == {
         "method": "list_major",
         "encoding": "float16",
+        "refine": None,
         "nlist": 4000,
         "nprobe": 253,
         "shards": 2,

@@ -6,9 +6,11 @@ import re
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import KithError
 
 
@@ -198,3 +200,19 @@ def test_glob_follows_links_to_files(tmp_path: Path) -> None:
     (tmp_path / "seen" / "folder.bin").symlink_to(tmp_path / "real")
     found = storage.glob(str(tmp_path / "seen" / "*.bin"))
     assert found == [str(tmp_path / "seen" / name) for name in ("linked.bin", "own.bin")]
+
+
+def test_arrow_reads_a_local_file_without_a_python_one(tmp_path: Path) -> None:
+    """A Python file would be let go of by Arrow's threads, which aborts a process that ends then."""
+    path = str(tmp_path / "table.parquet")
+    table = pa.table({"number": range(100_000)})
+    pq.write_table(table, path, row_group_size=1000)
+    with storage.open_arrow(path) as file:
+        assert isinstance(file, pa.OSFile)
+        assert pq.read_table(file).equals(table)
+    with pytest.raises(FileNotFoundError):
+        storage.open_arrow(str(tmp_path / "none"))
+    storage.write_bytes("memory://arrow/table.parquet", Path(path).read_bytes())
+    with storage.open_arrow("memory://arrow/table.parquet") as file:
+        assert pq.read_table(file).equals(table)
+    storage.remove("memory://arrow/table.parquet")

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index_builder.errors import ConfigError, DatasetError
-from index_builder.fingerprints import fingerprint
-from index_builder.table_files import (
+from index_builder.datasets.fingerprints import fingerprint
+from index_builder.datasets.table_files import (
     MetadataTable,
     TableSpec,
     check_collisions,
@@ -20,6 +19,7 @@ from index_builder.table_files import (
     read_blocks,
     refuse_changes,
 )
+from index_builder.errors import ConfigError, DatasetError
 
 STOCK = (("stock", "int64"),)
 

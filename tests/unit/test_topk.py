@@ -6,21 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder import topk
-from index_builder.assignment import nearest_lists
-from index_builder.blocks import IdColumn, PreparedCandidates
-from index_builder.metrics import Metric
-from index_builder.products import NumpyProduct
-from index_builder.topk import TopK
-from index_builder.vectors import unit_float16
+from index_builder.index.assignment import nearest_lists
+from index_builder.scoring import topk
+from index_builder.scoring.blocks import IdColumn, PreparedCandidates
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.products import NumpyProduct
+from index_builder.scoring.topk import TopK
+from index_builder.scoring.vectors import unit_float16
 from tests.topk_oracle import (
     METRICS,
+    RuledCase,
     all_scores,
-    allowed_pairs,
     best,
-    capped,
     corpus_block,
-    drawn_codes,
     drawn_ids,
     drawn_vectors,
     kept,
@@ -56,24 +54,20 @@ def test_equals_brute_force_however_it_is_fed(data: st.DataObject) -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_rules_and_caps_equal_an_oracle_that_applies_them_first(data: st.DataObject) -> None:
-    metric = data.draw(st.sampled_from(METRICS))
-    corpus, queries = drawn_vectors(data, 2, 30, metric), drawn_vectors(data, 2, 4, metric)
-    ids, column = drawn_ids(data, len(corpus))
-    own, others = drawn_codes(data, len(queries), len(corpus))
-    caps = (1, data.draw(st.integers(1, 3)))
+    case = RuledCase.drawn(data, most_queries=4)
     k = data.draw(st.integers(1, 7))
 
-    top = TopK(len(queries), k, column.max_bytes, metric, caps=caps)
-    for start, stop in pieces(data, len(corpus)):
-        block = corpus_block(corpus, others).slice(start, stop)
-        rows = np.arange(len(queries))
-        top.offer(rows, query_block(queries, own), block, column.slice(start, stop), start)
+    top = case.no_rows_yet(k)
+    for start, stop in pieces(data, len(case.corpus)):
+        block = corpus_block(case.corpus, case.others).slice(start, stop)
+        rows = np.arange(len(case.queries))
+        ids = case.column.slice(start, stop)
+        top.offer(rows, query_block(case.queries, case.own), block, ids, start)
 
-    scores = all_scores(queries, corpus, metric)
-    ranked = best(scores, ids, len(ids), allowed_pairs(own, others))
-    assert kept(top, ids) == [capped(row, ids, others, caps)[:k] for row in ranked]
+    assert kept(top, case.ids) == case.best(k)
+    columns = case.others.caps
     for cap in range(2):
-        held = [sorted(others.caps[cap][row[:n]]) for row, n in zip(top.rows, top.counts, strict=True)]
+        held = [sorted(columns[cap][row[:n]]) for row, n in zip(top.rows, top.counts, strict=True)]
         codes = [sorted(row[:n]) for row, n in zip(top.cap_codes[cap], top.counts, strict=True)]
         assert codes == held
         assert all((row[n:] == -1).all() for row, n in zip(top.cap_codes[cap], top.counts, strict=True))

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index_builder.assignment import nearest_lists
 from index_builder.errors import ConfigError, DatasetError
-from index_builder.metrics import Metric
-from index_builder.spec import IndexSpec, TransformSpec, check_training_memory
-from index_builder.training import TrainedIndex, load_trained, save_trained, train_index
-from index_builder.vectors import squared_norms, unit_float16
+from index_builder.index.assignment import nearest_lists
+from index_builder.index.spec import IndexSpec, TransformSpec, check_training_memory
+from index_builder.index.training import TrainedIndex, load_trained, save_trained, train_index
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.vectors import squared_norms, unit_float16
 from tests.index_fixtures import clustered_catalogue
 
 

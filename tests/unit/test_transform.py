@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from index_builder.errors import DatasetError
-from index_builder.metrics import Metric
-from index_builder.spec import TransformSpec
-from index_builder.transform import Transform, learn_transform
-from index_builder.vectors import squared_norms, unit_float16
+from index_builder.index.spec import TransformSpec
+from index_builder.index.transform import Transform, learn_transform
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.vectors import squared_norms, unit_float16
 
 
 def sample(n: int, dim: int = 40, seed: int = 0) -> np.ndarray:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from index_builder.errors import DatasetError
-from index_builder.vectors import (
+from index_builder.scoring.vectors import (
     check_scale,
     norms_in_order,
     relative_rounding,

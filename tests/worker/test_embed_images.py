@@ -12,9 +12,9 @@ import pytest
 from apache_beam.testing.util import assert_that
 from PIL import Image
 
-from index_builder import manifests
+from index_builder.datasets import manifests
+from index_builder.datasets.manifests import Part
 from index_builder.errors import KithError
-from index_builder.manifests import Part
 from pipelines.runners import RunnerSpec, run_pipeline
 from tests.catalog_fixtures import read_dataset, vectors_of
 from tests.pipeline.small_catalogue import SAMPLES

@@ -3,14 +3,15 @@
 import abc
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ConfigError, ImageError, KithError
 from transforms.locations import Location
+from transforms.settings import Settings
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -60,10 +61,30 @@ class UnreadableRegion:
     offset: int | None = None
 
 
-class ImageSource(BaseModel, abc.ABC):
-    """A source of images, as the configuration states it; `format` tells which."""
+_Item = TypeVar("_Item")
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+def wanted_rows(
+    items: Iterable["_Item | UnreadableRegion"], rows: Sequence[int]
+) -> Iterator[tuple[int, _Item]]:
+    """Yields the wanted ones of what a container holds, with their rows, and reads no further.
+
+    Unreadable regions have no row. Yields nothing more where the file is gone: it was replaced since.
+    """
+    wanted = set(rows)
+    readable = (item for item in items if not isinstance(item, UnreadableRegion))
+    try:
+        for row, item in enumerate(readable):
+            if row in wanted:
+                yield row, item
+            if row >= max(wanted):
+                break
+    except FileNotFoundError:
+        return
+
+
+class ImageSource(Settings, abc.ABC):
+    """A source of images, as the configuration states it; `format` tells which."""
 
     # Settings that decide how fast records are read, and none of them.
     speed_settings: ClassVar[frozenset[str]] = frozenset()
@@ -116,6 +137,10 @@ class ImageSource(BaseModel, abc.ABC):
                 self._explain_nothing(path)
             found.update(matches)
         return sorted(found)
+
+    def path_of(self, source_shard: str) -> str:
+        """Returns the file that is a shard, for formats whose files are containers."""
+        return storage.join(self.base, source_shard.removeprefix(f"{self.label}/"))
 
     def one_shard_a_file(self, number: int) -> list[ImageShard]:
         """Lists every file as one shard, for formats whose files are containers."""

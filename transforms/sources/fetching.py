@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ImageError
 
 T = TypeVar("T")

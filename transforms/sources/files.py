@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ImageError
 from transforms.sources.base import ImageRecord, ImageShard, ImageSource
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ImageError
 from transforms.sources.arrow_values import plain_column, plain_value
 from transforms.sources.base import ImageRecord, ImageShard, ImageSource, UnreadableRegion
@@ -56,7 +56,7 @@ class ParquetSource(ImageSource):
 
     def _ranges(self, path: str) -> list[tuple[int, int]]:
         """Cuts the row groups of a file into shards."""
-        with storage.open_binary(path) as file:
+        with storage.open_arrow(path) as file:
             try:
                 metadata = pq.ParquetFile(file).metadata
             except (pa.ArrowException, OSError) as error:
@@ -79,7 +79,7 @@ class ParquetSource(ImageSource):
 
         The rest of a row group that cannot be read is one unreadable region; the next is read.
         """
-        with storage.open_binary(shard.path) as file:
+        with storage.open_arrow(shard.path) as file:
             try:
                 parquet = _open(file)
             except (pa.ArrowException, OSError) as error:
@@ -96,7 +96,7 @@ class ParquetSource(ImageSource):
         path = storage.join(self.base, name.removeprefix(f"{self.label}/"))
         found: dict[int, bytes] = {}
         try:
-            with storage.open_binary(path) as file:
+            with storage.open_arrow(path) as file:
                 self._fetch_from(_open(file), source_shard, sorted(rows), found)
         except (FileNotFoundError, pa.ArrowException):  # the file was replaced since
             pass

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from index_builder.errors import ImageError
+from transforms.settings import Settings
 from transforms.sources.base import ImageRecord
 from transforms.sources.conversion import convert, identifier
 
@@ -26,10 +27,8 @@ class FoundRow:
     names: Callable[[], Iterable[str]]
 
 
-class RowNames(BaseModel):
+class RowNames(Settings):
     """The names by which the values of a row are found."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     # How a value is called in this format, and where the names are configured.
     noun: ClassVar[str] = "Column"

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from index_builder import storage
+from index_builder.datasets import storage
+from index_builder.datasets.fingerprints import fingerprint
 from index_builder.errors import ImageError, KithError
-from index_builder.fingerprints import fingerprint
 from transforms.sources import table_listing
 from transforms.sources.arrow_values import plain_value
 from transforms.sources.base import ImageRecord, ImageShard, ImageSource
@@ -71,7 +71,7 @@ class TableSource(ImageSource):
                 table_listing.write_listing(
                     path, listing, self.rows_per_shard, self.delimiter, [n for n in needed if n]
                 )
-            with storage.open_binary(listing) as file:
+            with storage.open_arrow(listing) as file:
                 parquet = pq.ParquetFile(file)
                 for group in range(max(1, parquet.num_row_groups)):
                     start = group * self.rows_per_shard
@@ -83,7 +83,7 @@ class TableSource(ImageSource):
         return shards
 
     def _has(self, listing: str, needed: Sequence[str | None]) -> bool:
-        with storage.open_binary(listing) as file:
+        with storage.open_arrow(listing) as file:
             return set(pq.read_schema(file).names).issuperset(name for name in needed if name)
 
     def _token(self, path: str, rows: pa.Table | None) -> str:
@@ -119,7 +119,7 @@ class TableSource(ImageSource):
         """Yields one record a row, in order; a row is numbered within its table."""
         if shard.stop <= shard.start:
             return
-        with storage.open_binary(shard.path) as file:
+        with storage.open_arrow(shard.path) as file:
             rows = pq.ParquetFile(file).read_row_group(shard.start // self.rows_per_shard)
         yield from map_in_order(
             lambda place: self._record(shard.name, rows, place, shard.start + place, metadata),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as pv
 import pyarrow.parquet as pq
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ConfigError, KithError
 from transforms.sources.arrow_values import plain_column
 from transforms.sources.byte_stream import GZIP_MAGIC

@@ -14,9 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ImageError
-from transforms.sources.base import ImageRecord, ImageShard, ImageSource, UnreadableRegion
+from transforms.sources.base import (
+    ImageRecord,
+    ImageShard,
+    ImageSource,
+    UnreadableRegion,
+    wanted_rows,
+)
 from transforms.sources.byte_stream import GZIP_MAGIC, ByteStream
 from transforms.sources.rows import FoundRow, RowNames
 
@@ -70,20 +76,12 @@ class TFRecordSource(ImageSource):
 
     def fetch(self, source_shard: str, rows: Sequence[int]) -> dict[int, bytes]:
         """Reads the file up to the last wanted record, parsing only the wanted ones."""
-        path = storage.join(self.base, source_shard.removeprefix(f"{self.label}/"))
-        wanted = set(rows)
-        found: dict[int, bytes] = {}
-        try:
-            frames = self._read_frames(path, source_shard)
-            records = (item for item in frames if not isinstance(item, UnreadableRegion))
-            for row, item in enumerate(records):
-                if row in wanted and isinstance(item, bytes):
-                    found[row] = self._parse(item, source_shard, row, {}).data
-                if row >= max(wanted):
-                    break
-        except FileNotFoundError:  # the file was replaced since
-            pass
-        return found
+        frames = self._read_frames(self.path_of(source_shard), source_shard)
+        return {
+            row: self._parse(item, source_shard, row, {}).data
+            for row, item in wanted_rows(frames, rows)
+            if isinstance(item, bytes)
+        }
 
     def _read_frames(
         self, path: str, source_shard: str

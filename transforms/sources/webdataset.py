@@ -10,9 +10,15 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from index_builder import storage
+from index_builder.datasets import storage
 from index_builder.errors import ImageError
-from transforms.sources.base import ImageRecord, ImageShard, ImageSource, UnreadableRegion
+from transforms.sources.base import (
+    ImageRecord,
+    ImageShard,
+    ImageSource,
+    UnreadableRegion,
+    wanted_rows,
+)
 from transforms.sources.byte_stream import GZIP_MAGIC, ByteStream
 from transforms.sources.rows import FoundRow, RowNames
 from transforms.sources.tar_members import MAX_MEMBER_BYTES, TarMember, read_members
@@ -74,22 +80,12 @@ class WebDatasetSource(ImageSource):
 
     def fetch(self, source_shard: str, rows: Sequence[int]) -> dict[int, bytes]:
         """Reads the archive up to the last wanted sample."""
-        path = storage.join(self.base, source_shard.removeprefix(f"{self.label}/"))
-        wanted = set(rows)
-        found: dict[int, bytes] = {}
-        try:
-            items = self._read_samples(path, source_shard)
-            samples = (item for item in items if not isinstance(item, UnreadableRegion))
-            for row, sample in enumerate(samples):
-                if row in wanted:
-                    record = self._record(sample, source_shard, row, {})
-                    if record.error is None:
-                        found[row] = record.data
-                if row >= max(wanted):
-                    break
-        except FileNotFoundError:  # the file was replaced since
-            pass
-        return found
+        samples = self._read_samples(self.path_of(source_shard), source_shard)
+        records = {
+            row: self._record(sample, source_shard, row, {})
+            for row, sample in wanted_rows(samples, rows)
+        }
+        return {row: record.data for row, record in records.items() if record.error is None}
 
     def _read_samples(self, path: str, source_shard: str) -> Iterator["_Sample | UnreadableRegion"]:
         kept = frozenset((*self.fields.image, self.fields.json_member))

@@ -1,0 +1,1 @@
+"""Datasets as files: storage, manifests, embeddings, metadata tables, samples of their rows."""

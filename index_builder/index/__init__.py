@@ -1,0 +1,1 @@
+"""The index: what to build, training, assignment, layout, shards."""

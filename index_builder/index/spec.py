@@ -1,0 +1,375 @@
+"""What index to build: the request, and the request resolved for a catalogue of a given size."""
+
+import dataclasses
+import enum
+import math
+from typing import Any
+
+from index_builder.errors import ConfigError
+from index_builder.index.method_cost import LEAST_GAIN, codes_cost, probed_rows, vectors_cost
+from index_builder.index.product_quantizer import code_bytes
+from index_builder.index.proposals import room
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.products import multiplies_bfloat16
+
+# FAISS warns below 39 training points a centroid and gains little above 256
+# (faiss/Clustering.h: min_points_per_centroid, max_points_per_centroid).
+MIN_POINTS_PER_CENTROID = 39
+MAX_POINTS_PER_CENTROID = 256
+
+# An index shard is about this large (or less, where memory is short), a tenth of it a unit of work.
+_SHARD_BYTES = 256 << 20
+# A shard and the task that joins it take at most this share of the memory limit.
+_SHARD_MEMORY_SHARE = 0.5
+
+# Codes of an assigned part that are sorted together, and their share of the memory limit.
+_RUN_BYTES = 128 << 20
+_RUN_MEMORY_SHARE = 1 / 8
+
+# Proposals by codes for each neighbour: 99 % of those that vectors find (docs/concepts.md).
+DEFAULT_REFINE = 10
+# What codes miss at that is too much for a promise above this, and of shorter vectors for any: 6 % of
+# 64 numbers, 2 % of 128, 1 % of 256 were measured.
+_MOST_RECALL_BY_CODES = 0.97
+_LEAST_DIM_OF_CODES = 128
+
+# Up to this many vectors every list is searched: the products of all pairs cost about what training,
+# assigning and probing would.
+_EXACT_ROWS = 20_000
+_EXACT_LISTS = 64
+# nprobe before calibration, in square roots of nlist, by the recall that is asked for.
+_NPROBE_FACTORS = ((0.9, 2.0), (0.97, 4.0), (0.99, 6.0), (1.0, 8.0))
+_UNSTATED_NPROBE_FACTOR = 4.0
+# The probed lists hold at least this many rows for each neighbour wanted.
+_PROBED_ROWS_PER_NEIGHBOR = 10
+
+
+class Method(enum.StrEnum):
+    """How the nearest rows of a query are found.
+
+    exact: every list is searched. list_major: the nprobe nearest lists are, and rows are scored list
+    by list. compressed: the rows of these lists are looked through by codes of 4 bits for four numbers,
+    and the float16 vectors of the likeliest decide.
+    """
+
+    EXACT = "exact"
+    LIST_MAJOR = "list_major"
+    COMPRESSED = "compressed"
+
+
+class Encoding(enum.StrEnum):
+    """What of a row is looked at first: its vector, or a code of a sixteenth of its size."""
+
+    FLOAT16 = "float16"
+    COMPRESSED = "compressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What the choices aim at.
+
+    k neighbours with a recall of at least `min_recall` (0: not stated), made by tasks that take at
+    most `memory_limit_bytes` each.
+    """
+
+    k: int = 20
+    min_recall: float = 0.0
+    memory_limit_bytes: int = 8 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformSpec:
+    """The index's linear transform: `none`, or `pca` to `dim` dimensions.
+
+    `eigen_power` scales each component by its eigenvalue to that power before normalising, in the
+    terms of FAISS's PCAMatrix: 0 keeps the plain PCA, -0.25 whitens by half, -0.5 in full.
+    """
+
+    kind: str = "none"
+    dim: int = 256
+    eigen_power: float = -0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexSpec:
+    """What the user asks for; None means that Kith chooses.
+
+    `nlist` inverted lists, `nprobe` of them searched for a query, `shards` index shards, trained on
+    a random sample of at most `training_rows` vectors, all randomness from `seed`. Where `encoding` is
+    compressed, `refine` rows are scored for each neighbour that is wanted.
+    """
+
+    metric: Metric = Metric.COSINE
+    transform: TransformSpec = TransformSpec()
+    nlist: int | None = None
+    nprobe: int | None = None
+    shards: int | None = None
+    training_rows: int = 500_000
+    seed: int = 0
+    encoding: Encoding | None = None
+    refine: int = DEFAULT_REFINE
+
+    def resolve(self, rows: int, encoder_dim: int, goal: Goal | None = None) -> "ResolvedSpec":
+        """Chooses what was left open for a catalogue of `rows` vectors of `encoder_dim` numbers.
+
+        - Method: exact up to 20,000 vectors, else list-major; a given nlist or nprobe decides it
+          instead: it is exact where every list is probed.
+        - nlist: about the square root of 16 N, as FAISS's guidelines advise, but never so many that a
+          list has fewer than 39 training points; at most 64 where every list is searched.
+        - nprobe: all lists if exact, else 2 to 8 times the square root of nlist, by the recall that
+          is asked for (4 times where none is), and so many that the probed lists hold ten rows for
+          each neighbour. Calibration starts from here.
+        - Encoding: float16, unless a recall is asked for that codes can keep (up to 0.97, of vectors of
+          128 numbers or more) and they are expected to be 1.2 times as fast. Where nprobe is
+          calibrated, that is decided afterwards.
+        - Shards: of about 256 MB of codes, or smaller, so that joining one takes at most half of the
+          memory limit.
+
+        Raises ConfigError for a combination that cannot be built.
+        """
+        goal = Goal() if goal is None else goal
+        if rows < 1:
+            raise ConfigError("The index would be empty: there are 0 embeddings. Embed images first.")
+        if self.refine < 1:
+            raise ConfigError(
+                f"index.refine is {self.refine}, wanted at least 1: the rows that are scored for each "
+                f"neighbour. Set index.refine: {DEFAULT_REFINE} or another number from 1."
+            )
+        sample = min(rows, self.training_rows)
+        nlist, why_nlist = self._choose_nlist(rows, sample)
+        nprobe, why_nprobe = self._choose_nprobe(rows, nlist, goal)
+        dim = encoder_dim if self.transform.kind == "none" else self.transform.dim
+        if dim > encoder_dim:
+            raise ConfigError(
+                f"index.transform.dim is {dim}, but the embeddings have dim {encoder_dim}. "
+                f"Set index.transform.dim to at most {encoder_dim}, or index.transform.type: none."
+            )
+        method, codes, why_encoding = self._choose_encoding(rows, dim, nlist, nprobe, goal)
+        shards, why_shards = self._choose_shards(rows, dim, nprobe, goal, codes)
+        reasons = (
+            _why_method(method, rows, self),
+            why_nlist,
+            why_nprobe,
+            why_encoding,
+            why_shards,
+        )
+        return ResolvedSpec(
+            self, rows, encoder_dim, nlist, nprobe, min(shards, rows), sample, method, goal, reasons,
+            codes,
+        )  # fmt: skip
+
+    def _choose_nlist(self, rows: int, sample: int) -> tuple[int, str]:
+        if self.nlist is not None:
+            if self.nlist > sample:
+                raise ConfigError(
+                    f"index.nlist is {self.nlist}, but only {sample} vectors are there to train on "
+                    f"({rows} embeddings, index.training_rows {self.training_rows}). "
+                    f"Set index.nlist: auto or at most {sample}."
+                )
+            return self.nlist, f"nlist {self.nlist}: as configured"
+        most = max(1, sample // MIN_POINTS_PER_CENTROID)
+        root = round(4 * math.sqrt(rows))
+        if self.nprobe is None and rows <= _EXACT_ROWS and min(root, most) > _EXACT_LISTS:
+            return _EXACT_LISTS, f"nlist {_EXACT_LISTS}: all are searched, so more lists save nothing"
+        if most < root:
+            return most, (
+                f"nlist {most}: {MIN_POINTS_PER_CENTROID} of {sample} training vectors a list "
+                f"(4 sqrt(N) would be {root})"
+            )
+        return root, f"nlist {root}: 4 sqrt(N), {rows / root:.0f} rows a list"
+
+    def _choose_nprobe(self, rows: int, nlist: int, goal: Goal) -> tuple[int, str]:
+        if self.nprobe is not None:
+            if self.nprobe > nlist:
+                raise ConfigError(
+                    f"index.nprobe is {self.nprobe}, but the index has {nlist} lists. "
+                    f"Set index.nprobe: auto or at most {nlist}."
+                )
+            return self.nprobe, f"nprobe {self.nprobe}: as configured"
+        if rows <= _EXACT_ROWS:
+            return nlist, f"nprobe {nlist}: all lists"
+        factor, target = _UNSTATED_NPROBE_FACTOR, "no evaluate.min_recall is set"
+        if goal.min_recall > 0:
+            factor = next(f for recall, f in _NPROBE_FACTORS if goal.min_recall <= recall)
+            target = f"evaluate.min_recall {goal.min_recall:g}"
+        wanted = math.ceil(factor * math.sqrt(nlist))
+        for_k = math.ceil(_PROBED_ROWS_PER_NEIGHBOR * goal.k * nlist / rows)
+        nprobe = min(nlist, max(wanted, for_k))
+        if for_k > wanted:
+            return nprobe, f"nprobe {nprobe}: {_PROBED_ROWS_PER_NEIGHBOR} rows a neighbour, k {goal.k}"
+        return nprobe, f"nprobe {nprobe}: {factor:g} sqrt(nlist), {target}"
+
+    def _choose_encoding(
+        self, rows: int, dim: int, nlist: int, nprobe: int, goal: Goal
+    ) -> tuple[Method, bool, str]:
+        """Returns the method, whether codes may be used (calibration may decide), and why."""
+        by_vectors = Method.EXACT if nprobe == nlist else Method.LIST_MAJOR
+        plain = f"encoding float16: {2 * dim} bytes a vector"
+        size = f"codes of {code_bytes(dim)} bytes propose {self.refine} rows a neighbour"
+        coded = f"encoding compressed: {size}"
+        if self.encoding is Encoding.COMPRESSED:
+            return Method.COMPRESSED, True, f"{coded}, as configured"
+        if self.encoding is Encoding.FLOAT16:
+            return by_vectors, False, f"{plain}, as configured"
+        promised = 0 < goal.min_recall <= _MOST_RECALL_BY_CODES
+        if by_vectors is Method.EXACT or not promised or dim < _LEAST_DIM_OF_CODES:
+            return by_vectors, False, f"{plain}, scores are exact"
+        if self.nprobe is None:
+            return by_vectors, True, f"{plain}, unless codes are faster with the nprobe of calibration"
+        gain = self.gain_of_codes(rows, dim, nlist, nprobe, nprobe, goal.k)
+        if gain < LEAST_GAIN:
+            return by_vectors, False, f"{plain}, codes would be {gain:.2f} times as fast"
+        return Method.COMPRESSED, True, f"{coded}, {gain:.1f} times as fast as float16"
+
+    def gain_of_codes(
+        self, rows: int, dim: int, nlist: int, nprobe: int, nprobe_of_codes: int, k: int
+    ) -> float:
+        """Returns how many times as fast a join is expected to be by codes, on hosts like this one.
+
+        `nprobe` is what it takes by vectors; by codes it may take more, for they miss some themselves.
+        """
+        by_vectors = vectors_cost(probed_rows(rows, nlist, nprobe), dim, k, multiplies_bfloat16())
+        probed = probed_rows(rows, nlist, nprobe_of_codes)
+        return by_vectors / codes_cost(probed, dim, self.refine * k)
+
+    def _choose_shards(
+        self, rows: int, dim: int, nprobe: int, goal: Goal, codes: bool
+    ) -> tuple[int, str]:
+        if self.shards is not None:
+            return self.shards, f"shards {self.shards}: as configured"
+        by_size = math.ceil(rows * dim * 2 / _SHARD_BYTES)
+        allowed = goal.memory_limit_bytes * _SHARD_MEMORY_SHARE
+        refine = self.refine if codes else None
+        by_memory = math.ceil(rows * join_row_bytes(dim, nprobe, goal.k, refine) / allowed)
+        shards = max(1, by_size, by_memory)
+        size = f"{rows * dim * 2 / shards / 2**20:.1f} MiB of codes each"
+        if by_memory > max(1, by_size):
+            share = f"joining one takes {_SHARD_MEMORY_SHARE:.0%} of index.memory_limit_gib"
+            return shards, f"shards {shards}: {size}, {share}"
+        return shards, f"shards {shards}: {size}, at most {_SHARD_BYTES >> 20}"
+
+    def fingerprint_value(self) -> dict[str, Any]:
+        """Returns the request as plain JSON values, for fingerprints and manifests."""
+        value = dataclasses.asdict(self)
+        value["metric"] = self.metric.value
+        value["encoding"] = None if self.encoding is None else self.encoding.value
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedSpec:
+    """An IndexSpec with every choice made, for `rows` vectors of `encoder_dim` numbers.
+
+    `may_have_codes`: rows have codes, or get them if calibration finds that they are faster.
+    """
+
+    request: IndexSpec
+    rows: int
+    encoder_dim: int
+    nlist: int
+    nprobe: int
+    shards: int
+    sample: int
+    method: Method = Method.LIST_MAJOR
+    goal: Goal = Goal()
+    reasons: tuple[str, ...] = ()
+    may_have_codes: bool = False
+
+    @property
+    def dim(self) -> int:
+        """The numbers of an indexed vector, at most (PCA may find fewer)."""
+        transform = self.request.transform
+        return self.encoder_dim if transform.kind == "none" else transform.dim
+
+    @property
+    def encoding(self) -> Encoding:
+        """What of a row is looked at first."""
+        return Encoding.COMPRESSED if self.has_codes else Encoding.FLOAT16
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether rows have codes beside their vectors."""
+        return self.method is Method.COMPRESSED
+
+    @property
+    def refine(self) -> int | None:
+        """How many proposals by codes are scored for each neighbour; None where all rows are."""
+        return self.request.refine if self.has_codes else None
+
+    @property
+    def run_bytes(self) -> int:
+        """Codes that are sorted together while a part is assigned; it decides no bytes."""
+        return min(_RUN_BYTES, max(1, int(self.goal.memory_limit_bytes * _RUN_MEMORY_SHARE)))
+
+    def choices(self) -> dict[str, Any]:
+        """Returns what was chosen, as plain JSON values, for fingerprints and manifests."""
+        return {
+            "method": self.method.value,
+            "encoding": self.encoding.value,
+            "refine": self.refine,
+            "nlist": self.nlist,
+            "nprobe": self.nprobe,
+            "shards": self.shards,
+        }
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory that training takes.
+
+        The sample twice while its parts are put together; later once, with its transformed float32
+        vectors, the subset that k-means copies, and the covariance in float64 with what its
+        eigenvectors take.
+        """
+        number = 4 if self.request.metric.is_scaled else 2
+        sample = self.sample * self.encoder_dim * 2 * number
+        subset = min(self.sample, self.nlist * MAX_POINTS_PER_CENTROID)
+        copied = subset if subset < self.sample else 0
+        kmeans = (self.sample + copied + 2 * self.nlist) * self.dim * 4
+        return max(sample, sample // 2 + kmeans, sample // 2 + self.covariance_bytes)
+
+    @property
+    def covariance_bytes(self) -> int:
+        """Memory that learning the transform takes beside the sample."""
+        return 0 if self.request.transform.kind == "none" else 4 * self.encoder_dim**2 * 8
+
+
+def join_row_bytes(dim: int, nprobe: int, k: int, refine: int | None = None) -> int:
+    """Memory that one row of a shard takes in the task that joins it, with a shard of equal size.
+
+    As a query: its float16 code, its probes twice, and k slots of score, row and id, which become
+    Arrow columns at the end (105 bytes a slot were seen, with ids of 18 bytes). As a row of the
+    corpus: its code, mapped, and about 100 bytes of id, norm and rule codes. With codes of 4 bits
+    there are those, mapped and prepared, and room for its proposals.
+    """
+    plain = 2 * dim + 8 * nprobe + 105 * k + 2 * dim + 100
+    return plain if refine is None else plain + code_bytes(dim) + dim // 4 + 8 * room(refine * k)
+
+
+def _why_method(method: Method, rows: int, request: IndexSpec) -> str:
+    if method is Method.COMPRESSED:
+        return f"method compressed: {rows} vectors are looked through by codes, then by vectors"
+    if request.nlist is not None or request.nprobe is not None:
+        return f"method {method.value}: follows from index.nlist and index.nprobe as configured"
+    if method is Method.EXACT:
+        return f"method exact: {rows} vectors, at most {_EXACT_ROWS}, are compared all with all"
+    return f"method list_major: {rows} vectors, above {_EXACT_ROWS}, are compared where lists are near"
+
+
+def check_training_memory(spec: ResolvedSpec, limit_bytes: int) -> None:
+    """Raises ConfigError when training would take more memory than the limit, before any work."""
+    if spec.training_bytes <= limit_bytes:
+        return
+    a_row = spec.training_bytes / spec.sample
+    remedy = f"Lower index.training_rows to about {max(1, int(limit_bytes / a_row))}, choose"
+    if spec.covariance_bytes >= limit_bytes:
+        covariance = spec.covariance_bytes / 2**30
+        remedy = (
+            f"The covariance of {spec.encoder_dim} numbers alone takes {covariance:.1f} GiB: set "
+            "index.transform.type: none, choose"
+        )
+    raise ConfigError(
+        f"Training the index would take {spec.training_bytes / 2**30:.1f} GiB "
+        f"({spec.sample} vectors of {spec.encoder_dim} numbers, transform "
+        f"{spec.request.transform.kind}), index.memory_limit_gib allows "
+        f"{limit_bytes / 2**30:.1f}. {remedy} a pooling with fewer dimensions, or raise the limit."
+    )

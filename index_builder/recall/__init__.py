@@ -1,0 +1,1 @@
+"""What a search misses: calibration, measurement, certificate."""

@@ -1,0 +1,106 @@
+"""Which queries recall is calibrated and certified on: seeded, disjoint, and not trained on.
+
+A query is drawn by hashes of its id, so the sample is the same however the rows are ordered or cut
+into parts, every part can be asked by itself, and stages agree without telling each other.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from index_builder.datasets.sampling import (
+    EVALUATION_ROWS,
+    evaluation_mask,
+    evaluation_overlaps_training,
+)
+from index_builder.errors import DatasetError
+from index_builder.rules.rules import IMAGE
+
+CALIBRATION = 0
+# A catalogue of at most so many samples is measured whole: then there is no sampling error.
+_CENSUS_SAMPLES = 2
+# Roles get ranges of the evaluation rows that are expected to hold a few more than a sample.
+_SPARE = 1.2
+
+
+@dataclasses.dataclass(frozen=True)
+class QuerySample:
+    """A random sample of about `size` of the `rows` of an index, drawn with `seed`.
+
+    `split_seed` is the seed of the index, by which evaluation rows are set apart. Of `roles` samples
+    that one configuration may draw this is number `role`: 0 calibrates, i certifies attempt i. They
+    are disjoint where there are enough evaluation rows, and else drawn independently.
+    """
+
+    size: int
+    seed: int
+    rows: int
+    split_seed: int
+    role: int
+    roles: int
+
+    @property
+    def is_census(self) -> bool:
+        """Whether the sample is the whole catalogue."""
+        return self.rows <= _CENSUS_SAMPLES * self.size
+
+    @property
+    def is_disjoint(self) -> bool:
+        """Whether the samples of the other roles have no row of this one."""
+        rows = self.rows
+        if not evaluation_overlaps_training(rows):
+            rows = min(EVALUATION_ROWS, rows // 2)
+        return not self.is_census and rows >= _SPARE * self.size * self.roles
+
+    def candidates(
+        self, image_ids: pa.Array | pa.ChunkedArray
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Returns which of some ids may be in the sample, ascending, and the key of each.
+
+        Of the candidates of all rows, `choose` keeps those with the smallest keys.
+        """
+        if self.is_census:
+            rows = np.arange(len(image_ids), dtype=np.int64)
+        else:
+            rows = np.flatnonzero(evaluation_mask(image_ids, self.rows, self.split_seed))
+        # Without room for a range of its own, each role orders the rows in its own way.
+        shared = self.is_disjoint or self.is_census
+        key = b"".join(n.to_bytes(8, "little") for n in (self.seed, 0 if shared else 1 + self.role))
+        hashes = (
+            hashlib.blake2b(image_id.encode(), digest_size=8, key=key).digest()
+            for image_id in image_ids.take(pa.array(rows)).to_pylist()
+        )
+        keys = np.frombuffer(b"".join(hashes), dtype="<u8").astype(np.uint64)
+        if self.is_disjoint:
+            kept = ((keys >> np.uint64(32)) * np.uint64(self.roles)) >> np.uint64(32) == self.role
+            rows, keys = rows[kept], keys[kept]
+        return rows, keys
+
+    def choose(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Returns the places, ascending, of the candidates that are the sample."""
+        if self.is_census:
+            return np.arange(len(keys), dtype=np.int64)
+        return np.sort(np.argsort(keys, kind="stable")[: self.size])
+
+
+def choose_queries(tables: Iterable[pa.Table], sample: QuerySample) -> pa.Table:
+    """Returns the sample, of candidates with their `key` from several parts, in the order of the keys.
+
+    It may be done in stages; the result does not depend on the order of the tables.
+    """
+    table = pa.concat_tables(tables)
+    chosen = table.take(pa.array(sample.choose(table["key"].to_numpy())))
+    return chosen.sort_by([("key", "ascending"), (IMAGE, "ascending")])
+
+
+def require_queries(queries: int) -> None:
+    """Raises DatasetError where a sample is empty, so that there is nothing to measure."""
+    if not queries:
+        raise DatasetError(
+            "No row of the catalogue may ask for neighbours, so there is no recall to measure: "
+            "join.rules.queries let none through. Correct the conditions, or the columns they name."
+        )

@@ -1,0 +1,1 @@
+"""Which pairs may be neighbours: rules on metadata columns, and excluded pairs."""

@@ -1,0 +1,238 @@
+"""Fast products that propose neighbours; the exact score decides, so which one is taken is free.
+
+What this process has is timed once, with one thread, and the fastest is taken: the BLAS libraries that
+are loaded (NumPy's and SciPy's at least), which bring different OpenBLAS builds and choose different
+kernels for the same CPU, and the CPU's own bfloat16, where it has any.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import scipy.linalg.blas  # noqa: F401 (its BLAS is one of those compared)
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from index_builder.scoring.bfloat16_product import bfloat16_products
+
+_LOGGER = logging.getLogger(__name__)
+
+_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112
+_SYMBOLS = ("cblas_sgemm", "cblas_sgemm64_", "scipy_cblas_sgemm", "scipy_cblas_sgemm64_")
+# About one tile of a join.
+_TIMED_SHAPE = (384, 256, 512)
+_TIMED_CALLS = 5
+# In bfloat16 about a fifth more pairs are scored, and its larger bound needs looking at more of them.
+_WORTH_ROUNDING = 1.3
+
+
+class Product(Protocol):
+    """Multiplies rows by rows in the caller's thread, for many threads at once.
+
+    `unit_roundoff` is that of the type its inputs are rounded to: 2^-8 for bfloat16, 0 where float32
+    holds them exactly. It must sum in float32 or better, and hand out float32.
+    """
+
+    @property
+    def name(self) -> str:
+        """What a log calls it."""
+        ...
+
+    @property
+    def unit_roundoff(self) -> float:
+        """The largest relative error of rounding an input."""
+        ...
+
+    def multiply(
+        self, queries: NDArray[np.float32], corpus: NDArray[np.float32], out: NDArray[np.float32]
+    ) -> None:
+        """Writes queries [m, d] times corpus [n, d] transposed to out [m, n], all C-contiguous."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NumpyProduct:
+    """NumPy's matrix product."""
+
+    name: str = "numpy"
+    unit_roundoff: float = 0.0
+
+    def multiply(
+        self, queries: NDArray[np.float32], corpus: NDArray[np.float32], out: NDArray[np.float32]
+    ) -> None:
+        """See Product."""
+        np.matmul(queries, corpus.T, out=out)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlasProduct:
+    """The matrix product of one BLAS library."""
+
+    name: str
+    sgemm: Callable[..., None]
+    unit_roundoff: float = 0.0
+
+    def multiply(
+        self, queries: NDArray[np.float32], corpus: NDArray[np.float32], out: NDArray[np.float32]
+    ) -> None:
+        """See Product."""
+        (m, d), n = queries.shape, len(corpus)
+        self.sgemm(
+            _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED, m, n, d,
+            1.0, queries.ctypes.data, d, corpus.ctypes.data, d, 0.0, out.ctypes.data, n,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedProduct:
+    """A product and its rate on this host, one thread, in flop a second."""
+
+    product: Product
+    flops: float
+
+
+_MEASURING = threading.Lock()
+
+
+def fastest_product() -> Product:
+    """Returns the product that joins take on this host; the first call of a process measures.
+
+    That is the fastest float32 product, unless one in bfloat16 is so much faster that it pays to score
+    the pairs exactly that its larger error lets through.
+    """
+    exact, rounded = timed_products()[0], timed_bfloat16_products()
+    if rounded and rounded[0].flops > _WORTH_ROUNDING * exact.flops:
+        return rounded[0].product
+    return exact.product
+
+
+def multiplies_bfloat16() -> bool:
+    """Tells whether joins on this host take a product that rounds its inputs."""
+    return fastest_product().unit_roundoff > 0
+
+
+def timed_bfloat16_products() -> tuple[TimedProduct, ...]:
+    """Returns the bfloat16 products of this CPU, fastest first; measured once a process."""
+    with _MEASURING:
+        return _time_bfloat16_products()
+
+
+def timed_products() -> tuple[TimedProduct, ...]:
+    """Returns the float32 products of this process, fastest first; measured once a process."""
+    with _MEASURING:
+        return _time_products()
+
+
+@functools.cache
+def _time_products() -> tuple[TimedProduct, ...]:
+    return _fastest_first("float32", _found_products())
+
+
+@functools.cache
+def _time_bfloat16_products() -> tuple[TimedProduct, ...]:
+    return _fastest_first("bfloat16", bfloat16_products())
+
+
+def _fastest_first(kind: str, products: Sequence[Product]) -> tuple[TimedProduct, ...]:
+    with single_threaded():
+        timed = [TimedProduct(product, _flops(product)) for product in products]
+    timed.sort(key=lambda one: -one.flops)
+    rates = ", ".join(f"{one.product.name} {one.flops / 1e9:.0f}" for one in timed)
+    _LOGGER.info("%s products, GFLOP/s a thread, fastest first: %s", kind, rates or "none")
+    return tuple(timed)
+
+
+def _found_products() -> list[Product]:
+    found: list[Product] = [NumpyProduct()]
+    for library in threadpool_info():
+        # Built on OpenMP (FAISS's), a BLAS takes its threads from the calling thread's own settings,
+        # so it would start threads under ours.
+        if library["user_api"] != "blas" or library.get("threading_layer") == "openmp":
+            continue
+        loaded = ctypes.CDLL(library["filepath"])
+        for symbol in _SYMBOLS:
+            sgemm = getattr(loaded, symbol, None)
+            if sgemm is not None:
+                found.append(BlasProduct(_describe(library), _declare(sgemm)))
+                break
+    return found
+
+
+def _describe(library: dict[str, str]) -> str:
+    file = os.path.basename(library["filepath"]).split("-")[0].removesuffix(".so")
+    return f"{file} {library.get('version')} {library.get('architecture', '')}".strip()
+
+
+def _declare(sgemm: Callable[..., None]) -> Callable[..., None]:
+    """States the types of cblas_sgemm.
+
+    Sizes go as 64 bits to libraries of 32 bits too: in registers and on the stack of x86-64 and
+    AArch64 the lower half of a small number is the number.
+    """
+    # To the type checker it is a plain function; in truth it is a ctypes one, which has both fields.
+    size, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    sgemm.argtypes = [  # type: ignore[attr-defined]
+        ctypes.c_int, ctypes.c_int, ctypes.c_int, size, size, size,
+        number, pointer, size, pointer, size, number, pointer, size,
+    ]  # fmt: skip
+    sgemm.restype = None  # type: ignore[attr-defined]
+    return sgemm
+
+
+def _flops(product: Product) -> float:
+    m, n, d = _TIMED_SHAPE
+    rng = np.random.default_rng(0)
+    queries, corpus = (rng.normal(size=(rows, d)).astype(np.float32) for rows in (m, n))
+    out = np.empty((m, n), dtype=np.float32)
+    product.multiply(queries, corpus, out)
+    seconds = []
+    for _ in range(_TIMED_CALLS):
+        start = time.perf_counter()
+        product.multiply(queries, corpus, out)
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * m * n * d / min(seconds)
+
+
+class _SingleThreaded:
+    """How many blocks of this process want single-threaded products, and how to undo it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._limits: threadpool_limits | None = None
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._limits = threadpool_limits(1, user_api="blas")
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._limits is not None:
+                self._limits.restore_original_limits()
+
+
+_SINGLE_THREADED = _SingleThreaded()
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Limits every BLAS to the calling thread, until the last such block of the process ends.
+
+    The limit is one of the process, so blocks of several threads must not restore it on their own.
+    """
+    _SINGLE_THREADED.enter()
+    try:
+        yield
+    finally:
+        _SINGLE_THREADED.leave()

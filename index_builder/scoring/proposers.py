@@ -1,0 +1,57 @@
+"""From float16 rows to a tile of fast products, in the form that a product takes them."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index_builder.scoring.bfloat16_product import Bfloat16Proposer, NativeBfloat16Product
+from index_builder.scoring.products import Product
+from index_builder.scoring.widening import widen_rows
+
+
+class Proposer(Protocol):
+    """One thread's tiles: some queries, some corpus rows, and the product of the two."""
+
+    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """Takes rows of `vectors` [n, d] as the tile of queries."""
+        ...
+
+    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """Takes rows of `vectors` [n, d] as the tile of the corpus."""
+        ...
+
+    def multiply(self, out: NDArray[np.float32]) -> None:
+        """Writes the products of the two tiles [m, n]."""
+        ...
+
+
+class WideningProposer:
+    """Widens rows to float32, for products that take that."""
+
+    def __init__(self, product: Product, most_queries: int, most_corpus: int, dim: int) -> None:
+        self._product = product
+        self._queries = np.empty((most_queries, dim), dtype=np.float32)
+        self._corpus = np.empty((most_corpus, dim), dtype=np.float32)
+        self._rows = self._columns = 0
+
+    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """See Proposer."""
+        self._rows = len(rows)
+        widen_rows(vectors, rows, self._queries[: self._rows])
+
+    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """See Proposer."""
+        self._columns = len(rows)
+        widen_rows(vectors, rows, self._corpus[: self._columns])
+
+    def multiply(self, out: NDArray[np.float32]) -> None:
+        """See Proposer."""
+        self._product.multiply(self._queries[: self._rows], self._corpus[: self._columns], out)
+
+
+def open_proposer(product: Product, most_queries: int, most_corpus: int, dim: int) -> Proposer:
+    """Returns the proposer of a product, for tiles of at most so many rows."""
+    if isinstance(product, NativeBfloat16Product):
+        return Bfloat16Proposer(product, most_queries, most_corpus, dim)
+    return WideningProposer(product, most_queries, most_corpus, dim)

@@ -1,0 +1,535 @@
+"""The inner loops of a join: a tile of fast products comes in, exact scores enter the heaps.
+
+The vectors are float16 of a length of about 1 at most, so norms and dot products are exact in float64
+in any order of summation (see `vectors`). A score is one float32 rounding of a formula of them:
+
+    cosine         dot / sqrt(nq nx)
+    euclidean      -(nq + nx - 2 dot) unscale     minus the squared distance
+    inner_product  dot unscale
+
+`unscale` = 2^(-2 e) undoes the power-of-two scale 2^e that the index gave its vectors. All compiled
+code that decides about a pair is in this file: Numba's cache notices changes of one file at a time.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from index_builder.scoring.intrinsics import (
+    WIDE,
+    half_dot,
+    half_to_float,
+    passing_mask,
+    prefetch,
+    trailing_zeros,
+)
+from index_builder.scoring.metrics import Metric
+
+_COSINE = Metric.COSINE.code
+_INNER_PRODUCT = Metric.INNER_PRODUCT.code
+
+# Unit roundoff of float32.
+_UNIT_ROUNDOFF = 2.0**-24
+# Rows of a tile whose heaps are fetched together.
+GROUP = 16
+# Rows longer than this times k are worth a first threshold of their own.
+_STAGED = 3
+# Halvings of the range of scores in search of a first threshold.
+_BISECTIONS = 20
+
+
+class Heaps(NamedTuple):
+    """The k best of each of n queries, best first.
+
+    `scores` float32 and `rows` int64 [n, k] are in order of rank, `counts` int64 [n] says how many.
+    Ids and capped values stay where they are written: `places` int32 [n, k] says where those of a
+    rank are. `ids` uint8 [n, k, bytes], `id_lengths` int32 [n, k], `caps` int32 [c, n, k]. `bounds`
+    float32 [n, 2] are the (a, b) of `threshold` for the worst kept score, (0, -inf) while there is
+    room.
+    """
+
+    scores: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    places: NDArray[np.int32]
+    ids: NDArray[np.uint8]
+    id_lengths: NDArray[np.int32]
+    caps: NDArray[np.int32]
+    bounds: NDArray[np.float32]
+
+
+class QueryArrays(NamedTuple):
+    """What decides about n queries; see Block and QueryCodes.
+
+    `bits` uint16 [n, d] are the float16 vectors, `lengths` float32 [n] the roots of `norms`.
+    """
+
+    bits: NDArray[np.uint16]
+    norms: NDArray[np.float64]
+    lengths: NDArray[np.float32]
+    same: NDArray[np.int32]
+    different: NDArray[np.int32]
+    excluded_offsets: NDArray[np.int64]
+    excluded: NDArray[np.int32]
+
+
+class CandidateArrays(NamedTuple):
+    """What decides about n candidates; see Block, CandidateCodes, IdColumn.
+
+    `bits` uint16 [n, d] are the float16 vectors. Distinct vector r belongs to the rows `runs[r]` to
+    `runs[r + 1]`, int64; `lengths` and `halves`, float32 [runs], are its |x| and |x|^2 / 2.
+    """
+
+    bits: NDArray[np.uint16]
+    lengths: NDArray[np.float32]
+    halves: NDArray[np.float32]
+    runs: NDArray[np.int64]
+    norms: NDArray[np.float64]
+    same: NDArray[np.int32]
+    different: NDArray[np.int32]
+    excluded: NDArray[np.int32]
+    caps: NDArray[np.int32]
+    eligible: NDArray[np.bool_]
+    id_data: NDArray[np.uint8]
+    id_offsets: NDArray[np.int64]
+
+
+class Scoring(NamedTuple):
+    """How a tile is scored: Metric.code, unscale, and the error bound of the product."""
+
+    metric: int
+    unscale: float
+    error: float
+
+
+def error_bound(dim: int, unit_roundoff: float = 0.0) -> float:
+    """Returns how far a fast dot product can be off, relative to |q| |x|.
+
+    `unit_roundoff` is that of rounding the inputs (0 where the product takes float16 numbers as they
+    are); sums are float32. Rounded inputs are off by 2 u + u^2 of |q| |x|, and summing them adds
+    gamma_d = d v / (1 - d v), v = 2^-24, of what is summed, in any order (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2nd ed., section 3.1).
+    """
+    gamma = dim * _UNIT_ROUNDOFF / (1 - dim * _UNIT_ROUNDOFF)
+    rounding = 2 * unit_roundoff + unit_roundoff**2
+    return rounding + (1 + rounding) * gamma
+
+
+@njit(cache=True, nogil=True)
+def exact_dot(a: NDArray[np.uint16], i: int, b: NDArray[np.uint16], j: int) -> float:
+    """Dot product of row i and row j of two sets of float16 bit patterns [n, d], exact."""
+    dim = a.shape[1]
+    whole = dim - dim % WIDE
+    total: float = half_dot(a.ctypes.data + 2 * dim * i, b.ctypes.data + 2 * dim * j, whole)
+    for c in range(whole, dim):
+        # Numba has one 64-bit float; NumPy's stubs have two.
+        total += np.float64(half_to_float(a[i, c]) * half_to_float(b[j, c]))  # type: ignore[assignment]
+    return total
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def exact_score(metric: int, unscale: float, dot: float, q_norm: float, x_norm: float) -> np.float32:
+    """The score of a pair from its exact dot product and squared norms.
+
+    Never -0.0: which zero a sum of products gives depends on the order of summation.
+    """
+    if metric == _COSINE:
+        # No index with zero vectors is built under cosine; a number is safer than NaN all the same.
+        lengths = np.sqrt(q_norm * x_norm)
+        return np.float32(dot / lengths + 0.0) if lengths > 0 else np.float32(0.0)
+    if metric == _INNER_PRODUCT:
+        return np.float32(dot * unscale + 0.0)
+    # Minus the distance, so that equal vectors give +0.0.
+    return np.float32((2 * dot - q_norm - x_norm) * unscale + 0.0)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+def threshold(scoring: Scoring, worst: float, q_norm: float) -> tuple[np.float32, np.float32]:
+    """Which exact products of a query may score `worst` or better: (a, b).
+
+    A corpus vector of length u and offset v (|x|^2 / 2 for euclidean, else 0) is out when its fast
+    product f < a u + b + v, apart from the rounding of this test itself: see `slack`.
+    """
+    metric, unscale, error = scoring
+    length = np.sqrt(q_norm)
+    # Scores are rounded to float32: half a unit in the last place, or of the smallest number.
+    least_score = worst - abs(worst) * 2.0**-23 - 2.0**-148
+    if metric == _COSINE:
+        a, b = (least_score - error) * length, 0.0
+    elif metric == _INNER_PRODUCT:
+        a, b = -error * length, least_score / unscale
+    else:
+        a, b = -error * length, (q_norm + least_score / unscale) / 2
+    return np.float32(a), np.float32(b)
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def slack(a: float, b: float, length: float, most: float, offset: float) -> float:
+    """How far rounding can take f - a u >= b + v in float32 from the truth.
+
+    It rounds a few times, each time by 2^-24 of its largest number. `length` is |q|, `most` and
+    `offset` bound u and v.
+    """
+    return 2.0**-20 * ((abs(a) + length) * most + abs(b) + offset) + 2.0**-120
+
+
+@njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+def least_key(
+    cosine: bool, a: float, b: float, off: float, least: float, most: float, offset: float
+) -> np.float32:
+    """A floor of f / u (cosine) or f - v (the others) of whatever passes f - a u >= b - off + v.
+
+    `least` and `most` bound u.
+    """
+    if cosine:
+        return np.float32(a - 3 * off / least)
+    return np.float32(min(a * least, a * most) + b - 3 * off)
+
+
+@njit(cache=True, nogil=True)
+def _collect(
+    fast: NDArray[np.float32],
+    row: int,
+    lengths: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+    a: np.float32,
+    b: np.float32,
+    found: NDArray[np.int32],
+    count: int,
+) -> int:
+    """Writes the columns of a row that pass f - a u >= b + v to `found`, from `count` on.
+
+    Returns where they end. Rows are not sliced: a slice counts a reference, in memory that threads
+    share.
+    """
+    columns = fast.shape[1]
+    whole = columns - columns % WIDE
+    f, u, v = fast.ctypes.data + 4 * row * columns, lengths.ctypes.data, offsets.ctypes.data
+    for first in range(0, whole, WIDE):
+        passing = passing_mask(f + 4 * first, u + 4 * first, v + 4 * first, a, b)
+        while passing != 0:
+            found[count] = first + trailing_zeros(passing)
+            count += 1
+            passing &= passing - np.uint32(1)
+    for j in range(whole, columns):
+        if fast[row, j] - a * lengths[j] >= b + offsets[j]:
+            found[count] = j
+            count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _provisional(
+    fast: NDArray[np.float32],
+    row: int,
+    lengths: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+    cosine: bool,
+    bound: float,
+    wanted: int,
+) -> tuple[np.float32, np.float32]:
+    """A test (a, b) that `wanted` products pass, and about twice as many at most: by bisection.
+
+    With nothing to compare with yet, it finds the best of a row faster than sorting would. `bound`
+    is of f / u (cosine) or f - v (the others).
+    """
+    low, high = np.float32(-bound), np.float32(bound)
+    lowest = low
+    zero = np.float32(0.0)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / np.float32(2)
+        a, b = (middle, zero) if cosine else (zero, middle)
+        count = 0
+        for j in range(np.uint64(fast.shape[1])):
+            count += fast[row, j] - a * lengths[j] >= b + offsets[j]
+        if count < wanted:
+            high = middle
+        else:
+            low = middle
+            if count <= 2 * wanted:
+                break
+    # From -bound on everything passes, whatever the rounding.
+    if low == lowest:
+        return zero, np.float32(-np.inf)
+    return (low, zero) if cosine else (zero, low)
+
+
+@njit(cache=True, nogil=True)
+def _sift_down(
+    keys: NDArray[np.float32], found: NDArray[np.int32], base: int, start: int, count: int
+) -> None:
+    """Restores a binary heap of keys, the largest first, below one entry; columns start at `base`."""
+    key, column = keys[start], found[base + start]
+    parent = start
+    while True:
+        child = 2 * parent + 1
+        if child >= count:
+            break
+        if child + 1 < count and keys[child + 1] > keys[child]:
+            child += 1
+        if keys[child] <= key:
+            break
+        keys[parent], found[base + parent] = keys[child], found[base + child]
+        parent = child
+    keys[parent], found[base + parent] = key, column
+
+
+@njit(cache=True, nogil=True)
+def _excludes(excluded: NDArray[np.int32], low: int, high: int, code: int) -> bool:
+    """Tells whether ascending codes contain one."""
+    while low < high:
+        middle = (low + high) // 2
+        if excluded[middle] < code:
+            low = middle + 1
+        elif excluded[middle] > code:
+            high = middle
+        else:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _id_precedes(
+    data: NDArray[np.uint8],
+    start: int,
+    stop: int,
+    kept: NDArray[np.uint8],
+    slot: int,
+    place: int,
+    length: int,
+) -> bool:
+    """Tells whether data[start:stop] sorts before kept[slot, place, :length], byte by byte."""
+    for i in range(min(stop - start, length)):
+        if data[start + i] != kept[slot, place, i]:
+            return bool(data[start + i] < kept[slot, place, i])
+    return stop - start < length
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def offer_tile(
+    fast: NDArray[np.float32],
+    scoring: Scoring,
+    slots: NDArray[np.int64],
+    query_rows: NDArray[np.int64],
+    queries: QueryArrays,
+    lengths: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+    first_run: int,
+    first_row: int,
+    candidates: CandidateArrays,
+    caps: NDArray[np.int64],
+    heaps: Heaps,
+    found: NDArray[np.int32],
+    keys: NDArray[np.float32],
+) -> int:
+    """Scores exactly what may enter the heaps, and enters it; returns how many pairs were scored.
+
+    Row i of the products `fast` [m, n] is row `query_rows[i]` of the queries and slot `slots[i]` of the
+    heaps; column j is run `first_run + j` of the candidates, whose rows are numbered from `first_row`
+    in the whole index, of length `lengths[j]` and with `offsets[j]` (|x|^2 / 2 for euclidean, else 0).
+    `found` and `keys` are scratch of at least (GROUP + 1) n and n numbers.
+
+    The kept entries are the best set under the caps, whatever the order of the offers: groups are
+    nested, an item's images in those of its brand, so the sets that are allowed are the independent
+    sets of a laminar matroid. There the best set stays best when a new element replaces the worst
+    one of the innermost group that is full (the whole heap is the outermost).
+
+    One function, and arrays unpacked once: a call that passes this many arrays costs more than a row.
+    Heaps lie far apart in memory, so those of a group of rows are fetched while the group is tested.
+    """
+    q_bits, q_norms, q_lengths, q_same, q_different, q_excluded_offsets, q_excluded = queries
+    (
+        x_bits,
+        _,
+        _,
+        runs,
+        x_norms,
+        x_same,
+        x_different,
+        x_excluded,
+        x_caps,
+        eligible,
+        id_data,
+        id_offsets,
+    ) = candidates
+    scores, rows, counts, places, ids, id_lengths, kept_caps, bounds = heaps
+    metric, unscale, _ = scoring
+    k = scores.shape[1]
+    columns = fast.shape[1]
+    least, most, offset = lengths.min(), lengths.max(), offsets.max()
+    cosine = metric == _COSINE
+    rescored = 0
+    scores_address, rows_address = scores.ctypes.data, rows.ctypes.data
+    places_address, lengths_address = places.ctypes.data, id_lengths.ctypes.data
+    caps_address = kept_caps.ctypes.data
+    ends = np.empty(GROUP, dtype=np.int64)
+    for group in range(0, fast.shape[0], GROUP):
+        group_end = min(group + GROUP, fast.shape[0])
+        end = 0
+        for i in range(group, group_end):
+            slot = slots[i]
+            a, b = bounds[slot, 0], bounds[slot, 1]
+            start = end
+            if b > -np.inf:
+                b = np.float32(b - slack(a, b, q_lengths[query_rows[i]], most, offset))
+                end = _collect(fast, i, lengths, offsets, a, b, found, end)
+            ends[i - group] = end
+            if end > start or b == -np.inf:
+                for line in range(0, 4 * k, 64):
+                    prefetch(scores_address + slot * 4 * k + line)
+                    prefetch(places_address + slot * 4 * k + line)
+                    prefetch(lengths_address + slot * 4 * k + line)
+                    if caps.shape[0] > 0:
+                        prefetch(caps_address + slot * 4 * k + line)
+                for line in range(0, 8 * k, 64):
+                    prefetch(rows_address + slot * 8 * k + line)
+        for i in range(group, group_end):
+            base = ends[i - group - 1] if i > group else 0
+            left = ends[i - group] - base
+            slot, q = slots[i], query_rows[i]
+            a, b0 = bounds[slot, 0], bounds[slot, 1]
+            full = b0 > -np.inf
+            if full and left == 0:
+                continue
+            q_norm, q_length = q_norms[q], q_lengths[q]
+            off = slack(a, b0, q_length, most, offset) if full else 0.0
+            b = np.float32(b0 - off)
+            first_a, first_b = a, b
+            floor = least_key(cosine, a, b0, off, least, most, offset) if full else np.float32(-np.inf)
+            staged = not full and columns > _STAGED * k
+            if not full:
+                base = end
+                if staged:
+                    bound = 1.1 if cosine else 1.1 * np.sqrt(q_norm) * most + offset
+                    first_a, first_b = _provisional(
+                        fast, i, lengths, offsets, cosine, bound, k + k // 8 + 1
+                    )
+                    left = _collect(fast, i, lengths, offsets, first_a, first_b, found, base) - base
+                else:
+                    left = columns
+                    for j in range(columns):
+                        found[base + j] = j
+            for stage in range(1 + staged):
+                if stage == 1:
+                    # What the first test left out and the heap, now as good as full, still lets in.
+                    left = _collect(fast, i, lengths, offsets, a, b, found, base) - base
+                    others = 0
+                    for c in range(left):
+                        j = found[base + c]
+                        if not fast[i, j] - first_a * lengths[j] >= first_b + offsets[j]:
+                            found[base + others] = j
+                            others += 1
+                    left = others
+                for c in range(left):
+                    j = found[base + c]
+                    keys[c] = fast[i, j] / lengths[j] if cosine else fast[i, j] - offsets[j]
+                # The best first, so that the threshold rises before the rest is looked at.
+                for start in range(left // 2 - 1, -1, -1):
+                    _sift_down(keys, found, base, start, left)
+                while left > 0 and not keys[0] < floor:
+                    j = found[base]
+                    left -= 1
+                    keys[0], found[base] = keys[left], found[base + left]
+                    _sift_down(keys, found, base, 0, left)
+                    if full and fast[i, j] - a * lengths[j] < b + offsets[j]:
+                        continue
+                    scored, entered = False, False
+                    score = np.float32(0.0)
+                    run = runs[first_run + j]
+                    for x in range(run, runs[first_run + j + 1]):
+                        # Rules: is the pair allowed?
+                        allowed = eligible[x]
+                        for rule in range(q_same.shape[0]):
+                            code = q_same[rule, q]
+                            allowed &= code >= 0 and code == x_same[rule, x]
+                        for rule in range(q_different.shape[0]):
+                            code = q_different[rule, q]
+                            allowed &= code < 0 or code != x_different[rule, x]
+                        if allowed and x_excluded[x] >= 0:
+                            low, high = q_excluded_offsets[q], q_excluded_offsets[q + 1]
+                            allowed = not _excludes(q_excluded, low, high, x_excluded[x])
+                        if not allowed:
+                            continue
+                        if not scored:
+                            dot = exact_dot(q_bits, q, x_bits, run)
+                            score = exact_score(metric, unscale, dot, q_norm, x_norms[x])
+                            scored = True
+                            rescored += 1
+                        count = k if full else counts[slot]
+                        id_start, id_stop = id_offsets[x], id_offsets[x + 1]
+                        # Which kept entry has to go: the worst of the innermost full group, if any is.
+                        out = k - 1 if count == k else -1
+                        for cap in range(caps.shape[0]):
+                            value = x_caps[cap, x]
+                            if value < 0:
+                                continue
+                            kept, last = 0, -1
+                            for rank in range(count):
+                                if kept_caps[cap, slot, places[slot, rank]] == value:
+                                    kept += 1
+                                    last = rank
+                            if kept >= caps[cap]:
+                                out = last
+                                break
+                        if out >= 0:
+                            place = places[slot, out]
+                            if score < scores[slot, out] or (
+                                score == scores[slot, out]
+                                and not _id_precedes(
+                                    id_data,
+                                    id_start,
+                                    id_stop,
+                                    ids,
+                                    slot,
+                                    place,
+                                    id_lengths[slot, place],
+                                )
+                            ):
+                                # Rows of a run are in the order of ids: the rest is no better.
+                                if out == k - 1:
+                                    break
+                                continue
+                            rank = out
+                        else:
+                            place, rank = np.int32(count), count
+                            counts[slot] = count + 1
+                            full = count + 1 == k
+                        while rank > 0:
+                            before = places[slot, rank - 1]
+                            if score < scores[slot, rank - 1] or (
+                                score == scores[slot, rank - 1]
+                                and not _id_precedes(
+                                    id_data,
+                                    id_start,
+                                    id_stop,
+                                    ids,
+                                    slot,
+                                    before,
+                                    id_lengths[slot, before],
+                                )
+                            ):
+                                break
+                            scores[slot, rank] = scores[slot, rank - 1]
+                            rows[slot, rank] = rows[slot, rank - 1]
+                            places[slot, rank] = before
+                            rank -= 1
+                        scores[slot, rank], rows[slot, rank], places[slot, rank] = (
+                            score,
+                            first_row + x,
+                            place,
+                        )
+                        id_lengths[slot, place] = id_stop - id_start
+                        for byte in range(id_stop - id_start):
+                            ids[slot, place, byte] = id_data[id_start + byte]
+                        for cap in range(caps.shape[0]):
+                            kept_caps[cap, slot, place] = x_caps[cap, x]
+                        entered = True
+                    if entered and full:
+                        a, b0 = threshold(scoring, np.float64(scores[slot, k - 1]), q_norm)
+                        bounds[slot, 0], bounds[slot, 1] = a, b0
+                        off = slack(a, b0, q_length, most, offset)
+                        b = np.float32(b0 - off)
+                        floor = least_key(cosine, a, b0, off, least, most, offset)
+    return rescored

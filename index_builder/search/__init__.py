@@ -1,0 +1,1 @@
+"""Finding neighbours over the shards of an index, under the rules."""

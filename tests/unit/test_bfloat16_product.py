@@ -1,0 +1,109 @@
+"""The CPU's own bfloat16 products: their error bound, any shape, threads, and the same neighbours."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from index_builder.index.assignment import nearest_lists
+from index_builder.scoring import products
+from index_builder.scoring.bfloat16_product import (
+    Bfloat16Proposer,
+    NativeBfloat16Product,
+    bfloat16_products,
+)
+from index_builder.scoring.metrics import Metric
+from index_builder.scoring.products import TimedProduct, fastest_product, timed_products
+from index_builder.scoring.tiles import error_bound
+from index_builder.scoring.vectors import squared_norms, unit_float16
+
+pytestmark = pytest.mark.skipif(not bfloat16_products(), reason="this CPU has no bfloat16 products")
+OF_THIS_CPU = pytest.mark.parametrize("product", bfloat16_products(), ids=lambda product: product.name)
+
+
+def bfloat16(vectors: np.ndarray) -> np.ndarray:
+    """Numbers rounded to the nearest bfloat16, ties to even, as float64."""
+    bits = np.ascontiguousarray(vectors, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+@OF_THIS_CPU
+@pytest.mark.parametrize(
+    ("m", "n", "dim"),
+    [(1, 1, 1), (31, 33, 31), (32, 32, 32), (12, 64, 33), (65, 130, 100), (200, 7, 1280)],
+)
+def test_multiplies_what_is_nearest_in_bfloat16(
+    product: NativeBfloat16Product, m: int, n: int, dim: int
+) -> None:
+    vectors, _ = unit_float16(np.random.default_rng(dim).normal(size=(m + n, dim)))
+    out = np.full((m, n), np.nan, dtype=np.float32)
+    wide = vectors.astype(np.float32)
+    product.multiply(wide[:m], wide[m:], out)
+    rounded = bfloat16(vectors)
+    # Only sums of float32 are off; a wrong tile, row or pair would be by far more.
+    np.testing.assert_allclose(out, rounded[:m] @ rounded[m:].T, rtol=0, atol=2 * error_bound(dim))
+
+
+@OF_THIS_CPU
+def test_keeps_the_bound_of_inputs_that_lose_the_most(product: NativeBfloat16Product) -> None:
+    rng = np.random.default_rng(1)
+    # Just above a power of two, where half a unit is the largest share of the number.
+    vectors = ((1 + rng.uniform(2.0**-9, 2.0**-8, size=(100, 256))) / 16).astype(np.float16)
+    wide, norms = vectors.astype(np.float32), np.sqrt(squared_norms(vectors))
+    out = np.empty((40, 60), dtype=np.float32)
+    product.multiply(wide[:40], wide[40:], out)
+    off = np.abs(out - wide[:40].astype(np.float64) @ wide[40:].astype(np.float64).T)
+    worst = (off / np.outer(norms[:40], norms[40:])).max()
+    assert 100 * error_bound(256) < worst <= error_bound(256, product.unit_roundoff)
+
+
+@OF_THIS_CPU
+def test_a_proposer_gathers_rows_and_forgets_larger_tiles(product: NativeBfloat16Product) -> None:
+    vectors, _ = unit_float16(np.random.default_rng(2).normal(size=(300, 40)))
+    proposer = Bfloat16Proposer(product, 128, 256, 40)
+    rounded = bfloat16(vectors)
+    for queries, corpus in ((128, 256), (3, 250), (90, 5)):
+        rows = np.random.default_rng(queries).permutation(300)[:queries]
+        columns = np.random.default_rng(corpus).permutation(300)[:corpus]
+        proposer.take_queries(vectors, rows)
+        proposer.take_corpus(vectors, columns)
+        out = np.full((queries, corpus), np.nan, dtype=np.float32)
+        proposer.multiply(out)
+        np.testing.assert_allclose(out, rounded[rows] @ rounded[columns].T, rtol=0, atol=1e-5)
+
+
+@OF_THIS_CPU
+def test_threads_do_not_share_their_tiles(product: NativeBfloat16Product) -> None:
+    pairs = [unit_float16(np.random.default_rng(n).normal(size=(180, 64)))[0] for n in range(4)]
+
+    def multiply(pair: np.ndarray) -> np.ndarray:
+        out = np.empty((90, 90), dtype=np.float32)
+        wide = pair.astype(np.float32)
+        for _ in range(50):
+            product.multiply(wide[:90], wide[90:], out)
+        return out
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(multiply, pairs))
+    for pair, out in zip(pairs, found, strict=True):
+        np.testing.assert_allclose(out, bfloat16(pair[:90]) @ bfloat16(pair[90:]).T, rtol=0, atol=1e-5)
+
+
+@OF_THIS_CPU
+@pytest.mark.parametrize("metric", Metric)
+def test_proposes_the_same_neighbours(metric: Metric, product: NativeBfloat16Product) -> None:
+    vectors, _ = unit_float16(np.random.default_rng(1).normal(size=(700, 48)))
+    usual = nearest_lists(vectors, vectors, 20, metric, 2, timed_products()[0].product)
+    found = nearest_lists(vectors, vectors, 20, metric, 2, product)
+    np.testing.assert_array_equal(found, usual)
+
+
+def test_joins_take_it_only_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = timed_products()[0]
+    for share, taken in ((1.2, False), (3.0, True)):
+        rounded = TimedProduct(bfloat16_products()[0], exact.flops * share)
+        monkeypatch.setattr(products, "timed_bfloat16_products", lambda rounded=rounded: (rounded,))
+        assert (fastest_product() is rounded.product) == taken
+    monkeypatch.setattr(products, "timed_bfloat16_products", lambda: ())
+    assert fastest_product() is exact.product
