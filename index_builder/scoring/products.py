@@ -21,7 +21,11 @@ import scipy.linalg.blas  # noqa: F401 (its BLAS is one of those compared)
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from index_builder.scoring.bfloat16_product import bfloat16_products
+from index_builder.scoring.bfloat16_product import (
+    Bfloat16Proposer,
+    NativeBfloat16Product,
+    bfloat16_products,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -188,15 +192,27 @@ def _declare(sgemm: Callable[..., None]) -> Callable[..., None]:
 
 
 def _flops(product: Product) -> float:
+    """Returns the rate of a product on one tile; in bfloat16 what rounds the tile counts, too."""
     m, n, d = _TIMED_SHAPE
     rng = np.random.default_rng(0)
     queries, corpus = (rng.normal(size=(rows, d)).astype(np.float32) for rows in (m, n))
     out = np.empty((m, n), dtype=np.float32)
-    product.multiply(queries, corpus, out)
+    halves, rows = queries.astype(np.float16), np.arange(m)
+    rounding = isinstance(product, NativeBfloat16Product) and Bfloat16Proposer(product, m, n, d)
+
+    def call() -> None:
+        if rounding:
+            rounding.take_queries(halves, rows)
+            rounding.take_corpus(halves, rows[:n])
+            rounding.multiply(out)
+        else:
+            product.multiply(queries, corpus, out)
+
+    call()
     seconds = []
     for _ in range(_TIMED_CALLS):
         start = time.perf_counter()
-        product.multiply(queries, corpus, out)
+        call()
         seconds.append(time.perf_counter() - start)
     return 2.0 * m * n * d / min(seconds)
 

@@ -50,6 +50,15 @@ class WideningProposer:
         self._product.multiply(self._queries[: self._rows], self._corpus[: self._columns], out)
 
 
+def best_query_rows(product: Product) -> int:
+    """Returns how many queries a tile should have.
+
+    BLAS packs its operands for each call, which pays off over many rows (7 % from 512 to 1,024);
+    bfloat16 rows are packed already, and fewer stay in the cache.
+    """
+    return 512 if isinstance(product, NativeBfloat16Product) else 1024
+
+
 def open_proposer(product: Product, most_queries: int, most_corpus: int, dim: int) -> Proposer:
     """Returns the proposer of a product, for tiles of at most so many rows."""
     if isinstance(product, NativeBfloat16Product):

@@ -14,12 +14,13 @@ from index_builder.rules.rules import CandidateCodes, QueryCodes
 from index_builder.scoring.blocks import Block, IdColumn, PreparedCandidates, PreparedQueries
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.products import Product, fastest_product
-from index_builder.scoring.proposers import open_proposer
+from index_builder.scoring.proposers import best_query_rows, open_proposer
 from index_builder.scoring.tiles import GROUP, Heaps, Scoring, error_bound, offer_tile
 
 __all__ = ["Block", "IdColumn", "Scorer", "TopK", "error_bound"]
 
-QUERY_TILE_ROWS = 512
+# At most; a product may want fewer queries.
+QUERY_TILE_ROWS = 1024
 CORPUS_TILE_ROWS = 1024
 
 
@@ -96,8 +97,9 @@ class Scorer:
     def __init__(self, dim: int, product: Product | None = None) -> None:
         product = product or fastest_product()
         self._error = error_bound(dim, product.unit_roundoff)
-        self._proposer = open_proposer(product, QUERY_TILE_ROWS, CORPUS_TILE_ROWS, dim)
-        self._fast = np.empty(QUERY_TILE_ROWS * CORPUS_TILE_ROWS, dtype=np.float32)
+        self._query_rows = min(QUERY_TILE_ROWS, best_query_rows(product))
+        self._proposer = open_proposer(product, self._query_rows, CORPUS_TILE_ROWS, dim)
+        self._fast = np.empty(self._query_rows * CORPUS_TILE_ROWS, dtype=np.float32)
         self._found = np.empty((GROUP + 1) * CORPUS_TILE_ROWS, dtype=np.int32)
         self._keys = np.empty(CORPUS_TILE_ROWS, dtype=np.float32)
         self._no_offsets = np.zeros(CORPUS_TILE_ROWS, dtype=np.float32)
@@ -118,7 +120,7 @@ class Scorer:
         time, each with its own scorer.
         """
         scoring = Scoring(top.metric.code, top.unscale, self._error)
-        query_tiles = _even_tiles(len(rows), QUERY_TILE_ROWS)
+        query_tiles = _even_tiles(len(rows), self._query_rows)
         arrays = candidates.arrays
         offsets = arrays.halves if top.metric is Metric.EUCLIDEAN else None
         for first, last in _even_tiles(candidates.distinct, CORPUS_TILE_ROWS):
