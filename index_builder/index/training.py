@@ -16,7 +16,8 @@ from index_builder.index.transform import Transform, learn_transform, row_blocks
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.vectors import round_float16, unit_float16
 
-_KMEANS_ITERATIONS = 20
+# As FAISS trains its inverted lists; with 20 recall was the same within its error.
+_KMEANS_ITERATIONS = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

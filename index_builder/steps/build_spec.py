@@ -16,7 +16,7 @@ from index_builder.recall.query_sample import QuerySample
 from index_builder.search.corpus import Corpus
 
 # Raised when the same embeddings and configuration give other bytes than before.
-REVISION = 2
+REVISION = 3
 
 # What a step tells of its work: a counter's name and by how much it grew.
 Tally = Callable[[str, int], None]

@@ -29,7 +29,7 @@ from index_builder.scoring.products import multiplies_bfloat16
 from index_builder.search.join import probed_shards
 from index_builder.steps.host_speed import HostSpeed, JoinSpeed
 
-_KMEANS_ITERATIONS = 20
+_KMEANS_ITERATIONS = 10
 _BLOCK_ROWS = 4096
 # What any step takes beside its data: compiled code, buffers of Arrow, the heaps of allocators.
 _STEP_BYTES = 8 << 20
