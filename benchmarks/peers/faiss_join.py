@@ -90,6 +90,8 @@ def filled_index(
     index = faiss.IndexIVFFlat(quantizer, *centroids.shape[::-1], faiss.METRIC_INNER_PRODUCT)
     index.is_trained = True
     index.nprobe = min(nprobe, len(centroids))
+    # Threads share the queries out; by default only `search` does that, not `search_preassigned`.
+    index.parallel_mode = 3
     _, lists = quantizer.search(vectors, index.nprobe)
     nearest = np.ascontiguousarray(lists[:, 0])
     index.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(nearest))
