@@ -124,7 +124,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def timed_bfloat16_products() -> tuple[TimedProduct, ...]:
-    """Returns the bfloat16 products of this CPU, fastest first; measured once a process."""
+    """Returns the best bfloat16 product of this CPU, if it has one; measured once a process."""
     with _MEASURING:
         return _time_bfloat16_products()
 
@@ -142,7 +142,8 @@ def _time_products() -> tuple[TimedProduct, ...]:
 
 @functools.cache
 def _time_bfloat16_products() -> tuple[TimedProduct, ...]:
-    return _fastest_first("bfloat16", bfloat16_products())
+    # Tiles are eight times as fast as AVX512: where they are, nothing else is compiled or timed.
+    return _fastest_first("bfloat16", bfloat16_products()[:1])
 
 
 def _fastest_first(kind: str, products: Sequence[Product]) -> tuple[TimedProduct, ...]:
