@@ -1,9 +1,13 @@
 """Fixtures that several test modules share, and what running them in several processes takes."""
 
+import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+import index_builder
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -16,14 +20,26 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives each of several processes its own cache of compiled loops, kept between runs.
+    """Gives each process its own cache of compiled loops, kept until any source of a loop changes.
 
     numba names a loop in the index of its cache before the file with the code is whole, so a process
-    that reads while another one writes can take the code of an older source or of other types.
+    that reads while another one writes can take the code of an older source or of other types. And it
+    looks at a loop's own file only, not at those of what the loop calls.
     """
-    worker, cache = os.environ.get("PYTEST_XDIST_WORKER"), getattr(config, "cache", None)
-    if worker and cache is not None:
-        os.environ["NUMBA_CACHE_DIR"] = str(cache.mkdir(f"numba-{worker}"))
+    cache = getattr(config, "cache", None)
+    if cache is None:
+        return
+    digest = hashlib.sha256()
+    for path in sorted(Path(index_builder.__file__).parent.rglob("*.py")):
+        source = path.read_bytes()
+        if b"numba" in source:
+            digest.update(source)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    folder = cache.mkdir(f"numba-{worker}")
+    for old in folder.iterdir():
+        if old.name != digest.hexdigest():
+            shutil.rmtree(old)
+    os.environ["NUMBA_CACHE_DIR"] = str(folder / digest.hexdigest())
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from index_builder.rules.rules import CandidateCodes, QueryCodes
+from index_builder.scoring.tiles import excludes
 
 # Bits of a key that hold the row.
 _ROW_BITS = 40
@@ -150,20 +151,6 @@ def _survivors(sums: NDArray[np.int32], i: int, most: int, found: NDArray[np.int
 
 
 @njit(cache=True, nogil=True)
-def _excludes(excluded: NDArray[np.int32], low: int, high: int, code: int) -> bool:
-    """Tells whether ascending codes contain one."""
-    while low < high:
-        middle = (low + high) // 2
-        if excluded[middle] < code:
-            low = middle + 1
-        elif excluded[middle] > code:
-            high = middle
-        else:
-            return True
-    return False
-
-
-@njit(cache=True, nogil=True)
 def _offer(
     sums: NDArray[np.int32],
     slots: NDArray[np.int64],
@@ -204,7 +191,7 @@ def _offer(
                 allowed &= code < 0 or code != x_different[rule, x]
             if allowed and x_excluded[x] >= 0:
                 low, high = q_excluded_offsets[q], q_excluded_offsets[q + 1]
-                allowed = not _excludes(q_excluded, low, high, x_excluded[x])
+                allowed = not excludes(q_excluded, low, high, x_excluded[x])
             if not allowed:
                 continue
             keys[q, count] = key

@@ -27,8 +27,8 @@ from index_builder.index.faiss_file import write_lists
 from index_builder.index.product_quantizer import Codebooks, code_bytes
 from index_builder.index.sharding import IndexLayout, load_layout
 from index_builder.index.training import TrainedIndex, load_trained
+from index_builder.scoring.blocks import IdColumn
 from index_builder.scoring.metrics import Metric
-from index_builder.scoring.topk import IdColumn
 from index_builder.scoring.vectors import squared_norms
 
 KIND = "index"

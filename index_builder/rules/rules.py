@@ -24,6 +24,8 @@ IMAGE = "image_id"
 # A query never gets its own item.
 OWN_ITEM = "item_id"
 ITEM_CAP = 1
+# Capped values that a task remembers before it forgets those that no kept row has.
+_MOST_CAP_VALUES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +298,11 @@ class RuleEncoder:
     def cap_values(self) -> int:
         """How many values of capped columns are remembered."""
         return sum(len(numbers) for numbers in self._capped)
+
+    def bound_caps(self, kept: NDArray[np.int32]) -> None:
+        """Calls `forget_caps` once far more values are remembered than are kept."""
+        if self.cap_values > _MOST_CAP_VALUES + 2 * kept.size:
+            self.forget_caps(kept)
 
     def forget_caps(self, kept: NDArray[np.int32]) -> None:
         """Forgets the values of capped columns that nothing kept has, and numbers the rest anew.

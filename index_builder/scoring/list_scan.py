@@ -83,7 +83,7 @@ class ListScan:
         for first, last in ((0, 1), (1, self._probes.shape[1])):
             if first == last:
                 continue
-            offsets, probing = _group_by_list(self._probes, rows, first, last, lists.start, lists.stop)
+            offsets, probing = group_by_list(self._probes, rows, first, last, lists.start, lists.stop)
             for place in np.flatnonzero(np.diff(offsets)):
                 found = candidates(lists.start + int(place))
                 if found is not None and found.distinct:
@@ -127,7 +127,7 @@ def range_rows(queries: int, threads: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _group_by_list(
+def group_by_list(
     probes: NDArray[np.int32],
     rows: NDArray[np.int64],
     first_column: int,

@@ -15,9 +15,8 @@ from index_builder.scoring.blocks import Block, IdColumn, PreparedCandidates, Pr
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.products import Product, fastest_product
 from index_builder.scoring.proposers import best_query_rows, open_proposer
-from index_builder.scoring.tiles import GROUP, Heaps, Scoring, error_bound, offer_tile
-
-__all__ = ["Block", "IdColumn", "Scorer", "TopK", "error_bound"]
+from index_builder.scoring.scores import Scoring, error_bound
+from index_builder.scoring.tiles import GROUP, Heaps, offer_tile
 
 # At most; a product may want fewer queries.
 QUERY_TILE_ROWS = 1024

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from index_builder.index.code_sums import BLOCK_ROWS, PreparedCodes, table_bytes
@@ -23,7 +22,7 @@ from index_builder.index.proposals import Proposals
 from index_builder.index.shards import IndexDataset, IndexShard, open_codes, open_shard
 from index_builder.rules.rules import CandidateCodes, QueryCodes, RuleEncoder
 from index_builder.scoring.blocks import Block
-from index_builder.scoring.list_scan import range_rows
+from index_builder.scoring.list_scan import group_by_list, range_rows
 
 # Scratch of a thread: the tables of its queries, and sums.
 _RANGE_BYTES = 8 << 20
@@ -115,7 +114,7 @@ class _ProposalScan:
         scratch = np.empty(_SUMS, dtype=np.int32)
         # The nearest lists first, so that limits are tight before the rest.
         for columns in _columns_in_turn(self._probes.shape[1]):
-            offsets, probing = _group_by_list(self._probes, rows, *columns, first, last)
+            offsets, probing = group_by_list(self._probes, rows, *columns, first, last)
             for place in np.flatnonzero(np.diff(offsets)):
                 slots = probing[offsets[place] : offsets[place + 1]]
                 start, stop = self._layout.list_rows(shard.number, first + int(place))
@@ -169,34 +168,3 @@ def _columns_in_turn(nprobe: int) -> list[tuple[int, int]]:
     """Cuts 0 to nprobe: the nearest list, the next few, the rest."""
     cuts = [cut for cut in (0, *_FIRST_LISTS) if cut < nprobe]
     return list(itertools.pairwise([*cuts, nprobe]))
-
-
-@njit(cache=True, nogil=True)
-def _group_by_list(
-    probes: NDArray[np.int32],
-    rows: NDArray[np.int64],
-    first_column: int,
-    last_column: int,
-    first_list: int,
-    last_list: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Groups some rows of `probes` by the lists that they name in some columns.
-
-    Returns offsets int64 [lists + 1] and the rows that name each list, in the order of `rows`.
-    """
-    offsets = np.zeros(last_list - first_list + 1, dtype=np.int64)
-    for row in rows:
-        for column in range(first_column, last_column):
-            number = probes[row, column]
-            if first_list <= number < last_list:
-                offsets[number - first_list + 1] += 1
-    offsets = np.cumsum(offsets)
-    ends = offsets[:-1].copy()
-    grouped = np.empty(offsets[-1], dtype=np.int64)
-    for row in rows:
-        for column in range(first_column, last_column):
-            number = probes[row, column]
-            if first_list <= number < last_list:
-                grouped[ends[number - first_list]] = row
-                ends[number - first_list] += 1
-    return offsets, grouped

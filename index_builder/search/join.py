@@ -30,9 +30,6 @@ from index_builder.search.groups import GroupsRef, with_groups
 from index_builder.search.neighbors import EVIDENCE, NeighborsSchema, neighbors_table, slots
 from index_builder.search.proposal_scoring import decide
 
-# Capped values that a task remembers before it forgets those that no kept row has.
-_MOST_CAP_VALUES = 1 << 20
-
 
 @dataclasses.dataclass(frozen=True)
 class JoinSpec:
@@ -255,9 +252,7 @@ def _search_vectors(index: IndexDataset, queries: Queries, spec: JoinSpec, home:
             with open_shard(index, number, columns) as shard:
                 corpus = _Corpus(shard, queries.encoder)
                 scan.run(shard.lists, corpus.candidates)
-            # What is remembered of the corpus is what its kept rows have, so memory stays flat.
-            if queries.encoder.cap_values > _MOST_CAP_VALUES + 2 * top.cap_codes.size:
-                queries.encoder.forget_caps(top.cap_codes)
+            queries.encoder.bound_caps(top.cap_codes)
     return top
 
 

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from index_builder.index.shards import IndexDataset, IndexShard, open_shard
 from index_builder.rules.rules import QueryCodes, RuleEncoder
 from index_builder.scoring.blocks import Block, IdColumn, PreparedQueries
-from index_builder.scoring.tiles import Heaps, exact_dot, exact_score
+from index_builder.scoring.scores import exact_dot, exact_score
+from index_builder.scoring.tiles import Heaps, id_precedes
 from index_builder.scoring.topk import TopK
 from index_builder.search.compressed_search import query_ranges
-
-# Capped values that a task remembers before it forgets those that no kept row has.
-_MOST_CAP_VALUES = 1 << 20
 
 
 def decide(
@@ -47,9 +45,7 @@ def decide(
             with open_shard(index, int(number), wanted) as shard:
                 corpus = _Corpus(shard, encoder)
                 run(functools.partial(_settle, corpus, prepared, rows, counts, top))
-            # What is remembered of the corpus is what its kept rows have, so memory stays flat.
-            if encoder.cap_values > _MOST_CAP_VALUES + 2 * top.cap_codes.size:
-                encoder.forget_caps(top.cap_codes)
+            encoder.bound_caps(top.cap_codes)
 
 
 class _Corpus:
@@ -150,23 +146,6 @@ def _group_pairs(
     return offsets, owners, found
 
 
-@njit(cache=True, nogil=True)
-def _id_precedes(
-    data: NDArray[np.uint8],
-    start: int,
-    stop: int,
-    kept: NDArray[np.uint8],
-    slot: int,
-    place: int,
-    length: int,
-) -> bool:
-    """Tells whether data[start:stop] sorts before kept[slot, place, :length], byte by byte."""
-    for i in range(min(stop - start, length)):
-        if data[start + i] != kept[slot, place, i]:
-            return bool(data[start + i] < kept[slot, place, i])
-    return stop - start < length
-
-
 @njit(cache=True, nogil=True, error_model="numpy")
 def _enter_pairs(
     owners: NDArray[np.int64],
@@ -219,7 +198,7 @@ def _enter_pairs(
             place = places[slot, out]
             if score < scores[slot, out] or (
                 score == scores[slot, out]
-                and not _id_precedes(
+                and not id_precedes(
                     id_data, id_start, id_stop, ids, slot, place, id_lengths[slot, place]
                 )
             ):
@@ -232,7 +211,7 @@ def _enter_pairs(
             before = places[slot, rank - 1]
             if score < scores[slot, rank - 1] or (
                 score == scores[slot, rank - 1]
-                and not _id_precedes(
+                and not id_precedes(
                     id_data, id_start, id_stop, ids, slot, before, id_lengths[slot, before]
                 )
             ):

@@ -14,7 +14,7 @@ from index_builder.scoring.bfloat16_product import (
 )
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.products import TimedProduct, fastest_product, timed_products
-from index_builder.scoring.tiles import error_bound
+from index_builder.scoring.scores import error_bound
 from index_builder.scoring.vectors import squared_norms, unit_float16
 
 pytestmark = pytest.mark.skipif(not bfloat16_products(), reason="this CPU has no bfloat16 products")

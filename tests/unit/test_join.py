@@ -18,7 +18,7 @@ from index_builder.index.spec import IndexSpec, TransformSpec
 from index_builder.rules.rules import JoinRules
 from index_builder.scoring import topk
 from index_builder.scoring.products import timed_products
-from index_builder.scoring.tiles import error_bound
+from index_builder.scoring.scores import error_bound
 from index_builder.search import join
 from index_builder.search.join import JoinSpec, join_shard, lookup_rows, probed_shards
 from tests.index_fixtures import (

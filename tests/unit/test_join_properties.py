@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from index_builder.scoring.blocks import IdColumn, PreparedCandidates, PreparedQueries
 from index_builder.scoring.list_scan import list_scan, range_rows
 from index_builder.scoring.metrics import Metric
-from index_builder.scoring.tiles import error_bound
+from index_builder.scoring.scores import error_bound
 from index_builder.scoring.topk import TopK
 from tests.topk_oracle import (
     METRICS,

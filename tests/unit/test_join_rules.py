@@ -149,7 +149,7 @@ def test_forgetting_capped_values_changes_nothing(
             return super().cap_values
 
     monkeypatch.setattr(join, "RuleEncoder", Forgetful)
-    monkeypatch.setattr(join, "_MOST_CAP_VALUES", -(2**40))
+    monkeypatch.setattr("index_builder.rules.rules._MOST_CAP_VALUES", -(2**40))
     assert parquet_bytes(join_all(whole, spec)) == usual
     assert len(forgotten) == 9
     assert max(forgotten) > 0

@@ -12,7 +12,7 @@ from index_builder.scoring import products
 from index_builder.scoring.bfloat16_product import bfloat16_products
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.products import NumpyProduct, fastest_product, timed_products
-from index_builder.scoring.tiles import (
+from index_builder.scoring.scores import (
     Scoring,
     error_bound,
     exact_dot,

@@ -63,11 +63,11 @@ def _read_table(table: str, local: str, delimiter: str) -> Iterator[pa.Table]:
     """Yields the rows in order, plain; the first block may be empty and has the schema."""
     with open(local, "rb") as file:
         head = file.read(len(_PARQUET_MAGIC))
-        file.seek(0)
-        if head != _PARQUET_MAGIC:
-            packed = "gzip" if head.startswith(GZIP_MAGIC) else None
-            yield from _read_csv(table, local, packed, delimiter)
-            return
+    if head != _PARQUET_MAGIC:
+        packed = "gzip" if head.startswith(GZIP_MAGIC) else None
+        yield from _read_csv(table, local, packed, delimiter)
+        return
+    with storage.open_arrow(local) as file:
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         yield _plain(parquet.schema_arrow.empty_table(), None)
         for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
