@@ -3,7 +3,7 @@
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 # Products that are compared at a time.
@@ -13,11 +13,40 @@ _I32, _FLOAT = ir.IntType(32), ir.FloatType()
 _FLOATS = ir.VectorType(_FLOAT, WIDE)
 
 
+class BFloat16(ir.Type):
+    """LLVM's `bfloat`, which llvmlite has no class for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(BFloat16)
+
+
+def call_llvm(builder, name, result, arguments):
+    """Calls a function of LLVM's, declared where it is not yet."""
+    function = ir.FunctionType(result, [argument.type for argument in arguments])
+    declared = cgutils.get_or_insert_function(builder.module, function, name)
+    return builder.call(declared, arguments)
+
+
+def cpu_features() -> dict[str, bool]:
+    """Returns what Numba compiles for: what this CPU has, or what Numba's own settings say."""
+    if config.CPU_FEATURES is not None:
+        named = str(config.CPU_FEATURES).split(",")
+        return {name[1:]: name.startswith("+") for name in named if name}
+    features = dict(llvmlite.binding.get_host_cpu_features())
+    return features if config.ENABLE_AVX else {n: v and "avx" not in n for n, v in features.items()}
+
+
 def hardware_converts() -> bool:
     """Tells whether this CPU converts float16 itself (F16C; every 64-bit ARM does)."""
     if llvmlite.binding.get_process_triple().startswith(("aarch64", "arm64")):
         return True
-    return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
+    return cpu_features().get("f16c", False)
 
 
 def _by_hardware(builder, bits):
@@ -33,7 +62,7 @@ def _by_arithmetic(builder, bits):
     words, floats = _like(bits.type, _I32), _like(bits.type, _FLOAT)
 
     def every(kind, value):
-        return ir.Constant(kind, [value] * WIDE if isinstance(kind, ir.VectorType) else value)
+        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
     wide = builder.zext(bits, words)
     magnitude = builder.shl(builder.and_(wide, every(words, 0x7FFF)), every(words, 13))
@@ -101,6 +130,7 @@ def _dot(convert):
     return intrinsic(half_dot)
 
 
+halves_to_floats = _by_hardware if hardware_converts() else _by_arithmetic
 half_to_float_by_arithmetic, half_dot_by_arithmetic = _converter(_by_arithmetic), _dot(_by_arithmetic)
 half_to_float, half_dot = half_to_float_by_arithmetic, half_dot_by_arithmetic
 if hardware_converts():

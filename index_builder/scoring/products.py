@@ -2,7 +2,7 @@
 
 What this process has is timed once, with one thread, and the fastest is taken: the BLAS libraries that
 are loaded (NumPy's and SciPy's at least), which bring different OpenBLAS builds and choose different
-kernels for the same CPU, and the CPU's own bfloat16, where it has any.
+kernels for the same CPU, and Kith's own kernels for its vectors and its bfloat16, where it has any.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ import scipy.linalg.blas  # noqa: F401 (its BLAS is one of those compared)
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from index_builder.scoring.bfloat16_product import (
-    Bfloat16Proposer,
-    NativeBfloat16Product,
+from index_builder.scoring.native_products import (
+    NativeProduct,
     bfloat16_products,
+    float32_products,
 )
 
 _LOGGER = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def timed_products() -> tuple[TimedProduct, ...]:
 
 @functools.cache
 def _time_products() -> tuple[TimedProduct, ...]:
-    return _fastest_first("float32", _found_products())
+    return _fastest_first("float32", [*float32_products(), *_found_products()])
 
 
 @functools.cache
@@ -193,19 +193,19 @@ def _declare(sgemm: Callable[..., None]) -> Callable[..., None]:
 
 
 def _flops(product: Product) -> float:
-    """Returns the rate of a product on one tile; in bfloat16 what rounds the tile counts, too."""
+    """Returns the rate of a product on one tile; of a native one what packs the tile counts, too."""
     m, n, d = _TIMED_SHAPE
     rng = np.random.default_rng(0)
     queries, corpus = (rng.normal(size=(rows, d)).astype(np.float32) for rows in (m, n))
     out = np.empty((m, n), dtype=np.float32)
     halves, rows = queries.astype(np.float16), np.arange(m)
-    rounding = isinstance(product, NativeBfloat16Product) and Bfloat16Proposer(product, m, n, d)
+    packing = product.open(m, n, d) if isinstance(product, NativeProduct) else None
 
     def call() -> None:
-        if rounding:
-            rounding.take_queries(halves, rows)
-            rounding.take_corpus(halves, rows[:n])
-            rounding.multiply(out)
+        if packing:
+            packing.take_queries(halves, rows)
+            packing.take_corpus(halves, rows[:n])
+            packing.multiply(out)
         else:
             product.multiply(queries, corpus, out)
 

@@ -1,29 +1,11 @@
 """From float16 rows to a tile of fast products, in the form that a product takes them."""
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import NDArray
 
-from index_builder.scoring.bfloat16_product import Bfloat16Proposer, NativeBfloat16Product
+from index_builder.scoring.native_products import NativeProduct, Proposer
 from index_builder.scoring.products import Product
 from index_builder.scoring.widening import widen_rows
-
-
-class Proposer(Protocol):
-    """One thread's tiles: some queries, some corpus rows, and the product of the two."""
-
-    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
-        """Takes rows of `vectors` [n, d] as the tile of queries."""
-        ...
-
-    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
-        """Takes rows of `vectors` [n, d] as the tile of the corpus."""
-        ...
-
-    def multiply(self, out: NDArray[np.float32]) -> None:
-        """Writes the products of the two tiles [m, n]."""
-        ...
 
 
 class WideningProposer:
@@ -54,13 +36,13 @@ def best_query_rows(product: Product) -> int:
     """Returns how many queries a tile should have.
 
     BLAS packs its operands for each call, which pays off over many rows (7 % from 512 to 1,024);
-    bfloat16 rows are packed already, and fewer stay in the cache.
+    native products take packed rows, and fewer stay in the cache.
     """
-    return 512 if isinstance(product, NativeBfloat16Product) else 1024
+    return 512 if isinstance(product, NativeProduct) else 1024
 
 
 def open_proposer(product: Product, most_queries: int, most_corpus: int, dim: int) -> Proposer:
     """Returns the proposer of a product, for tiles of at most so many rows."""
-    if isinstance(product, NativeBfloat16Product):
-        return Bfloat16Proposer(product, most_queries, most_corpus, dim)
+    if isinstance(product, NativeProduct):
+        return product.open(most_queries, most_corpus, dim)
     return WideningProposer(product, most_queries, most_corpus, dim)

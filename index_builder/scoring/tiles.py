@@ -23,6 +23,8 @@ _COSINE = Metric.COSINE.code
 GROUP = 16
 # Rows longer than this times k are worth a first threshold of their own.
 _STAGED = 3
+# Of a query's vector, fetched with its heap; the CPU fetches the rest by itself.
+_FETCHED_BYTES = 512
 # Halvings of the range of scores in search of a first threshold.
 _BISECTIONS = 20
 
@@ -259,10 +261,19 @@ def offer_tile(
     scores_address, rows_address = scores.ctypes.data, rows.ctypes.data
     places_address, lengths_address = places.ctypes.data, id_lengths.ctypes.data
     caps_address = kept_caps.ctypes.data
+    bounds_address, q_lengths_address = bounds.ctypes.data, q_lengths.ctypes.data
+    q_bits_address, q_norms_address = q_bits.ctypes.data, q_norms.ctypes.data
+    q_bytes = 2 * q_bits.shape[1]
+    for i in range(min(GROUP, fast.shape[0])):
+        prefetch(bounds_address + 8 * slots[i])
+        prefetch(q_lengths_address + 4 * query_rows[i])
     ends = np.empty(GROUP, dtype=np.int64)
     for group in range(0, fast.shape[0], GROUP):
         group_end = min(group + GROUP, fast.shape[0])
         end = 0
+        for i in range(group_end, min(group_end + GROUP, fast.shape[0])):
+            prefetch(bounds_address + 8 * slots[i])
+            prefetch(q_lengths_address + 4 * query_rows[i])
         for i in range(group, group_end):
             slot = slots[i]
             a, b = bounds[slot, 0], bounds[slot, 1]
@@ -280,6 +291,9 @@ def offer_tile(
                         prefetch(caps_address + slot * 4 * k + line)
                 for line in range(0, 8 * k, 64):
                     prefetch(rows_address + slot * 8 * k + line)
+                prefetch(q_norms_address + 8 * query_rows[i])
+                for line in range(0, min(q_bytes, _FETCHED_BYTES), 64):
+                    prefetch(q_bits_address + query_rows[i] * q_bytes + line)
         for i in range(group, group_end):
             base = ends[i - group - 1] if i > group else 0
             left = ends[i - group] - base

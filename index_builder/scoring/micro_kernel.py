@@ -1,0 +1,161 @@
+"""A matrix product of packed micro-panels by the CPU's vector instructions, compiled by Numba.
+
+A micro-tile of C stays in registers while its two panels stream past: every word of A is broadcast and
+multiplied into vectors of B, by FMA for float32 and by VDPBF16PS for pairs of bfloat16. Depth is cut
+so that two panels of B stay in the first cache (Goto and van de Geijn, 2008). BLAS libraries do the
+same, and pack again for each call; here rows come from float16 and are packed once.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from index_builder.scoring.intrinsics import BFloat16, call_llvm, cpu_features
+from index_builder.scoring.panels import LANES
+
+# Rows of a micro-tile; it is two vectors wide. 24 of 32 registers hold it, or 12 of 16.
+TILE_ROWS = 12 if LANES == 16 else 6
+TILE_COLUMNS = 2 * LANES
+# Words of a row that one round of a loop takes; panels are as deep as a multiple of it.
+UNROLL = 4
+# Words of a panel that are multiplied before the next panel's turn comes: two of B are 40 kB.
+_MOST_DEPTH = 320
+
+_I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def has_float32_kernel() -> bool:
+    """Tells whether this CPU has what the kernel is written for: AVX-512, or AVX2 with FMA."""
+    features = cpu_features()
+    return all(features.get(name, False) for name in ("avx2", "fma", "f16c"))
+
+
+def has_bfloat16_kernel() -> bool:
+    """Tells whether this CPU has AVX512-BF16."""
+    return LANES == 16 and cpu_features().get("avx512bf16", False)
+
+
+@intrinsic(prefer_literal=True)
+def _micro_tile(typing_context, kind, vectors, a, b, b_stride, c, c_stride, depth, add):
+    """C [TILE_ROWS, vectors * LANES] = A B, or += where `add` is not zero.
+
+    `a` and `b` are addresses of panels, `b_stride` leads from one panel of B to the next, `c_stride`
+    from a row of C to the next, in bytes; `depth` is a multiple of UNROLL. By the type of `kind` words
+    are float32, or pairs of bfloat16 (uint32). `vectors` is a literal, 1 or 2.
+    """
+    pairs = kind == types.uint32
+    columns = range(vectors.literal_value)
+    floats = ir.VectorType(_FLOAT, LANES)
+    word = _I32 if pairs else _FLOAT
+    words = ir.VectorType(word, LANES)
+    numbers = ir.VectorType(BFloat16(), 2 * LANES)
+
+    def multiply_add(builder, left, right, total):
+        if not pairs:
+            return call_llvm(builder, f"llvm.fma.v{LANES}f32", floats, [left, right, total])
+        arguments = [total, builder.bitcast(left, numbers), builder.bitcast(right, numbers)]
+        return call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats, arguments)
+
+    def generate(context, builder, signature, arguments):
+        _, _, a, b, b_stride, c, c_stride, depth, add = arguments
+
+        def constant(value):
+            return ir.Constant(_I64, value)
+
+        def address(*parts):
+            total = parts[0]
+            for part in parts[1:]:
+                total = builder.add(total, part)
+            return builder.inttoptr(total, ir.PointerType())
+
+        zeros = ir.Constant(floats, [0.0] * LANES)
+        undefined = ir.Constant(words, ir.Undefined)
+        everywhere = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+        panels = [builder.mul(b_stride, constant(column)) for column in columns]
+        tile = [(row, column) for row in range(TILE_ROWS) for column in columns]
+        sums = {place: cgutils.alloca_once_value(builder, zeros) for place in tile}
+        for place in tile:
+            builder.store(zeros, sums[place])
+        with cgutils.for_range(builder, builder.udiv(depth, constant(UNROLL)), intp=_I64) as loop:
+            from_a = builder.add(a, builder.mul(loop.index, constant(4 * TILE_ROWS * UNROLL)))
+            from_b = builder.add(b, builder.mul(loop.index, constant(4 * LANES * UNROLL)))
+            for step in range(UNROLL):
+                along = constant(4 * LANES * step)
+                right = [
+                    builder.load(address(from_b, along, panel), typ=words, align=4 * LANES)
+                    for panel in panels
+                ]
+                for row in range(TILE_ROWS):
+                    one = address(from_a, constant(4 * (step * TILE_ROWS + row)))
+                    first = builder.insert_element(
+                        undefined, builder.load(one, typ=word, align=4), ir.Constant(_I32, 0)
+                    )
+                    left = builder.shuffle_vector(first, undefined, everywhere)
+                    for column in columns:
+                        total = builder.load(sums[row, column], typ=floats)
+                        total = multiply_add(builder, left, right[column], total)
+                        builder.store(total, sums[row, column])
+        places = {
+            (row, column): address(
+                c, builder.mul(c_stride, constant(row)), constant(4 * LANES * column)
+            )
+            for row, column in tile
+        }
+        with builder.if_then(builder.icmp_signed("!=", add, constant(0))):
+            for place in tile:
+                before = builder.load(places[place], typ=floats, align=4)
+                total = builder.fadd(builder.load(sums[place], typ=floats), before)
+                builder.store(total, sums[place])
+        for place in tile:
+            builder.store(builder.load(sums[place], typ=floats), places[place], align=4)
+        return context.get_dummy_value()
+
+    signature = types.void(kind, vectors, *[types.intp] * 7)
+    return signature, generate
+
+
+@njit(cache=True, nogil=True)
+def multiply_panels(
+    a: NDArray[np.float32] | NDArray[np.uint32],
+    b: NDArray[np.float32] | NDArray[np.uint32],
+    depth: int,
+    edge: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """Writes the products of packed rows to out [m, n], C-contiguous.
+
+    `a` holds panels of TILE_ROWS rows, `b` of LANES, both of `depth` words (see `pack_panels`); `b`
+    begins on a cache line, as does `edge`, scratch of [TILE_ROWS, TILE_COLUMNS].
+    """
+    m, n = out.shape
+    kind = a[0]
+    stride = 4 * n
+    cuts = -(-depth // _MOST_DEPTH)
+    most = -(-depth // (cuts * UNROLL)) * UNROLL
+    b_panel = 4 * LANES * depth
+    for k in range(0, depth, most):
+        deep = min(most, depth - k)
+        for j in range(0, n, TILE_COLUMNS):
+            right = b.ctypes.data + (j // LANES) * b_panel + 4 * LANES * k
+            for i in range(0, m, TILE_ROWS):
+                left = a.ctypes.data + 4 * i * depth + 4 * TILE_ROWS * k
+                rows, columns = min(TILE_ROWS, m - i), min(TILE_COLUMNS, n - j)
+                if rows == TILE_ROWS and columns == TILE_COLUMNS:
+                    place = out.ctypes.data + i * stride + 4 * j
+                    _micro_tile(kind, 2, left, right, b_panel, place, stride, deep, k)
+                    continue
+                if k > 0:
+                    for row in range(rows):
+                        for column in range(columns):
+                            edge[row, column] = out[i + row, j + column]
+                place = edge.ctypes.data
+                if columns > LANES:
+                    _micro_tile(kind, 2, left, right, b_panel, place, 4 * TILE_COLUMNS, deep, k)
+                else:
+                    _micro_tile(kind, 1, left, right, b_panel, place, 4 * TILE_COLUMNS, deep, k)
+                for row in range(rows):
+                    for column in range(columns):
+                        out[i + row, j + column] = edge[row, column]

@@ -1,0 +1,182 @@
+"""Fast products by the CPU's own instructions: float32 and bfloat16 by vectors, bfloat16 by AMX tiles.
+
+They take float16 rows as they lie, gather and pack them once a tile, and sum in float32. The join
+scores exactly whatever comes near the threshold, so its result is the same bytes with any of them.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index_builder.scoring.amx_kernel import (
+    BLOCK,
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    STEP,
+    amx_allowed,
+    multiply_tiles,
+    tile_configuration,
+)
+from index_builder.scoring.micro_kernel import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    UNROLL,
+    has_bfloat16_kernel,
+    has_float32_kernel,
+    multiply_panels,
+)
+from index_builder.scoring.panels import LANES, depth_of, pack_panels, panels_size, round_rows
+
+_CACHE_LINE = 64
+_BFLOAT16_ROUNDOFF = 2.0**-8
+
+
+class Proposer(Protocol):
+    """One thread's tiles: some queries, some corpus rows, and the product of the two."""
+
+    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """Takes rows of `vectors` [n, d] as the tile of queries."""
+        ...
+
+    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """Takes rows of `vectors` [n, d] as the tile of the corpus."""
+        ...
+
+    def multiply(self, out: NDArray[np.float32]) -> None:
+        """Writes the products of the two tiles [m, n]."""
+        ...
+
+
+class _Native:
+    """What the native products share; see index_builder.scoring.products.Product."""
+
+    def open(self, most_queries: int, most_corpus: int, dim: int) -> Proposer:
+        """Returns a proposer for tiles of at most so many rows."""
+        raise NotImplementedError
+
+    def multiply(
+        self, queries: NDArray[np.float32], corpus: NDArray[np.float32], out: NDArray[np.float32]
+    ) -> None:
+        """Writes queries [m, d] times corpus [n, d] transposed to out [m, n].
+
+        Both hold float16 numbers. For one tile: a join keeps a proposer.
+        """
+        proposer = self.open(len(queries), len(corpus), queries.shape[1])
+        proposer.take_queries(queries.astype(np.float16), np.arange(len(queries)))
+        proposer.take_corpus(corpus.astype(np.float16), np.arange(len(corpus)))
+        proposer.multiply(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorProduct(_Native):
+    """Products by vector instructions, of float32 numbers or of pairs of bfloat16 ones."""
+
+    rounds: bool
+
+    @property
+    def name(self) -> str:
+        """What a log calls it."""
+        return f"AVX{'512' if LANES == 16 else '2'} {'bfloat16' if self.rounds else 'float32'}"
+
+    @property
+    def unit_roundoff(self) -> float:
+        """See Product."""
+        return _BFLOAT16_ROUNDOFF if self.rounds else 0.0
+
+    def open(self, most_queries: int, most_corpus: int, dim: int) -> "PanelProposer":
+        """Returns a proposer for tiles of at most so many rows."""
+        return PanelProposer(self.rounds, most_queries, most_corpus, dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class AmxProduct(_Native):
+    """Products by AMX tiles of bfloat16."""
+
+    name: str = "AMX bfloat16"
+    unit_roundoff: float = _BFLOAT16_ROUNDOFF
+
+    def open(self, most_queries: int, most_corpus: int, dim: int) -> "AmxProposer":
+        """Returns a proposer for tiles of at most so many rows."""
+        return AmxProposer(most_queries, most_corpus, dim)
+
+
+NativeProduct = VectorProduct | AmxProduct
+
+
+@functools.cache
+def float32_products() -> tuple[NativeProduct, ...]:
+    """Returns the native float32 products that this CPU has."""
+    return (VectorProduct(rounds=False),) if has_float32_kernel() else ()
+
+
+@functools.cache
+def bfloat16_products() -> tuple[NativeProduct, ...]:
+    """Returns the bfloat16 products that this CPU has, the best first."""
+    found: list[NativeProduct] = [AmxProduct()] if amx_allowed() else []
+    if has_bfloat16_kernel():
+        found.append(VectorProduct(rounds=True))
+    return tuple(found)
+
+
+class PanelProposer:
+    """A Proposer that packs float16 rows into panels of float32 numbers or of pairs of bfloat16."""
+
+    def __init__(self, rounds: bool, most_queries: int, most_corpus: int, dim: int) -> None:
+        kind, self._dims_a_word = (np.uint32, 2) if rounds else (np.float32, 1)
+        self._depth = depth_of(dim, self._dims_a_word, UNROLL)
+        self._queries = _aligned((panels_size(most_queries, TILE_ROWS, self._depth),), kind)
+        # A tile of C is two panels wide, the last one too.
+        corpus_rows = -(-most_corpus // TILE_COLUMNS) * TILE_COLUMNS
+        self._corpus = _aligned((panels_size(corpus_rows, LANES, self._depth),), kind)
+        self._edge = _aligned((TILE_ROWS, TILE_COLUMNS), np.float32)
+
+    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """See Proposer."""
+        bits = vectors.view(np.uint16)
+        pack_panels(bits, rows, TILE_ROWS, self._depth, self._dims_a_word, self._queries)
+
+    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """See Proposer."""
+        bits = vectors.view(np.uint16)
+        pack_panels(bits, rows, LANES, self._depth, self._dims_a_word, self._corpus)
+
+    def multiply(self, out: NDArray[np.float32]) -> None:
+        """See Proposer."""
+        multiply_panels(self._queries, self._corpus, self._depth, self._edge, out)
+
+
+class AmxProposer:
+    """A Proposer that rounds float16 rows straight to tiles of bfloat16."""
+
+    def __init__(self, most_queries: int, most_corpus: int, dim: int) -> None:
+        self._depth = depth_of(dim, 2, STEP // 2)
+        query_rows = -(-most_queries // BLOCK_ROWS) * BLOCK_ROWS
+        self._queries = _aligned((query_rows, 2 * self._depth), np.uint16)
+        corpus_rows = -(-most_corpus // BLOCK_COLUMNS) * BLOCK_COLUMNS
+        self._corpus = _aligned((panels_size(corpus_rows, BLOCK, self._depth),), np.uint32)
+        self._edge = _aligned((BLOCK_ROWS, BLOCK_COLUMNS), np.float32)
+        self._configuration = tile_configuration()
+
+    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """See Proposer."""
+        round_rows(vectors.view(np.uint16), rows, self._queries)
+
+    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        """See Proposer."""
+        pack_panels(vectors.view(np.uint16), rows, BLOCK, self._depth, 2, self._corpus)
+
+    def multiply(self, out: NDArray[np.float32]) -> None:
+        """See Proposer."""
+        multiply_tiles(self._queries, self._corpus, out, self._edge, self._configuration)
+
+
+def _aligned(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
+    """Zeros that begin on a cache line: loads of a whole line are then of one."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    buffer = np.zeros(size + _CACHE_LINE, dtype=np.uint8)
+    start = -buffer.ctypes.data % _CACHE_LINE
+    aligned: NDArray[Any] = buffer[start : start + size].view(kind).reshape(shape)
+    return aligned

@@ -1,0 +1,178 @@
+"""Micro-panels: float16 rows gathered and interleaved, in the order in which a micro-kernel reads them.
+
+A panel of r rows holds, for every dimension, the numbers of its r rows side by side, so that a kernel
+reads both operands from front to back (K. Goto and R. van de Geijn, "Anatomy of high-performance
+matrix multiplication", 2008). Its words are float32 numbers, or pairs of bfloat16 numbers (dimensions
+2 w and 2 w + 1), as VDPBF16PS and TDPBF16PS take them.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from index_builder.scoring.intrinsics import (
+    cpu_features,
+    float_bits,
+    half_to_float,
+    halves_to_floats,
+    prefetch,
+)
+from index_builder.scoring.widening import prefetch_row
+
+# Words that are interleaved at a time, and of a vector register: 512 or 256 bits.
+LANES = 16 if cpu_features().get("avx512f", False) else 8
+
+_CACHE_LINE = 64
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_WORDS = ir.VectorType(_I32, LANES)
+
+
+def depth_of(dim: int, dims_a_word: int, multiple: int) -> int:
+    """Returns the words of a row of a panel, padded to a multiple."""
+    words = -(-dim // dims_a_word)
+    return -(-words // multiple) * multiple
+
+
+def panels_size(rows: int, panel_rows: int, depth: int) -> int:
+    """Returns the words that `pack_panels` needs; the last of them are room for what it drops."""
+    return -(-rows // panel_rows) * panel_rows * depth + LANES * LANES
+
+
+def _round_to_bfloat16(builder, floats):
+    """The bit patterns of the nearest bfloat16 numbers, ties to even; of finite numbers."""
+    count = floats.type.count
+
+    def every(value):
+        return ir.Constant(ir.VectorType(_I32, count), [value] * count)
+
+    words = builder.bitcast(floats, ir.VectorType(_I32, count))
+    odd = builder.and_(builder.lshr(words, every(16)), every(1))
+    rounded = builder.add(builder.add(words, every(0x7FFF)), odd)
+    return builder.trunc(builder.lshr(rounded, every(16)), ir.VectorType(_I16, count))
+
+
+def _transpose(builder, rows):
+    """Transposes LANES vectors of LANES words: at each step blocks trade their off-diagonal halves."""
+    size = LANES // 2
+    while size:
+        for first in range(LANES):
+            if first & size:
+                continue
+            low, high = rows[first], rows[first + size]
+            left, right = [], []
+            for lane in range(LANES):
+                if lane & size:
+                    left.append(LANES + lane - size)
+                    right.append(LANES + lane)
+                else:
+                    left.append(lane)
+                    right.append(lane + size)
+            indices = ir.VectorType(_I32, LANES)
+            rows[first] = builder.shuffle_vector(low, high, ir.Constant(indices, left))
+            rows[first + size] = builder.shuffle_vector(low, high, ir.Constant(indices, right))
+        size //= 2
+
+
+@intrinsic
+def _interleave(typing_context, kind, addresses, offset, out, stride):
+    """Writes LANES words of LANES rows, transposed.
+
+    `addresses` is that of LANES addresses of rows, `offset` (bytes) says where in them; word w of row i
+    goes to out + w stride + 4 i. A stride below 4 LANES lets each word overwrite the end of the one
+    before: rows beyond the stride are dropped. Words are float32 numbers or, by the type of `kind`
+    (uint32), pairs of bfloat16.
+    """
+    pairs = kind == types.uint32
+    halves = ir.VectorType(_I16, LANES * (2 if pairs else 1))
+
+    def generate(context, builder, signature, arguments):
+        _, addresses, offset, out, stride = arguments
+
+        def at(base, shift):
+            return builder.inttoptr(builder.add(base, shift), ir.PointerType())
+
+        rows = []
+        for row in range(LANES):
+            place = at(addresses, ir.Constant(_I64, 8 * row))
+            start = builder.load(place, typ=_I64, align=8)
+            floats = halves_to_floats(builder, builder.load(at(start, offset), typ=halves, align=2))
+            words = _round_to_bfloat16(builder, floats) if pairs else floats
+            rows.append(builder.bitcast(words, _WORDS))
+        _transpose(builder, rows)
+        for word in range(LANES):
+            shift = builder.mul(stride, ir.Constant(_I64, word))
+            builder.store(rows[word], at(out, shift), align=4)
+        return context.get_dummy_value()
+
+    signature = types.void(kind, types.intp, types.intp, types.intp, types.intp)
+    return signature, generate
+
+
+@njit(cache=True, nogil=True)
+def pack_panels(
+    bits: NDArray[np.uint16],
+    rows: NDArray[np.int64],
+    panel_rows: int,
+    depth: int,
+    dims_a_word: int,
+    out: NDArray[np.float32] | NDArray[np.uint32],
+) -> None:
+    """Packs rows of float16 vectors [n, d], given as bits, into panels of at most LANES rows.
+
+    `out` is float32, or uint32 for pairs of bfloat16: `panels_size` words of 1 or 2 dimensions. Words
+    beyond d are zero; the last row stands for those that a last panel lacks.
+    """
+    count, dim = rows.shape[0], bits.shape[1]
+    wide = LANES * dims_a_word
+    whole = dim - dim % wide
+    base, row_bytes, stride = bits.ctypes.data, 2 * dim, 4 * panel_rows
+    here, ahead = np.empty(LANES, dtype=np.int64), np.empty(LANES, dtype=np.int64)
+    tails = np.zeros((LANES, wide), dtype=np.uint16)
+    ends = np.empty(LANES, dtype=np.int64)
+    for i in range(LANES):
+        ends[i] = tails.ctypes.data + 2 * wide * i
+    kind = out[0]
+    for first in range(0, count, panel_rows):
+        place = out.ctypes.data + first * 4 * depth
+        for i in range(LANES):
+            row = first + min(i, panel_rows - 1)
+            here[i] = base + rows[min(row, count - 1)] * row_bytes
+            ahead[i] = base + rows[min(row + panel_rows, count - 1)] * row_bytes
+        for start in range(0, whole, wide):
+            if 2 * start % _CACHE_LINE == 0:
+                for i in range(panel_rows):
+                    prefetch(ahead[i] + 2 * start)
+            _interleave(kind, here.ctypes.data, 2 * start, place, stride)
+            place += stride * LANES
+        if dim > whole:
+            for i in range(LANES):
+                row = rows[min(first + min(i, panel_rows - 1), count - 1)]
+                for j in range(dim - whole):
+                    tails[i, j] = bits[row, whole + j]
+            _interleave(kind, ends.ctypes.data, 0, place, stride)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _rounded(bits: int) -> np.uint16:
+    """The nearest bfloat16 of a float16's bit pattern, ties to even; finite numbers only."""
+    word = float_bits(half_to_float(bits))
+    return np.uint16(
+        (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    )
+
+
+@njit(cache=True, nogil=True)
+def round_rows(bits: NDArray[np.uint16], rows: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
+    """Rounds rows of float16 vectors [n, d] to bfloat16, not interleaved.
+
+    Dimensions beyond d of `out` stay as they are.
+    """
+    address, row_bytes = bits.ctypes.data, 2 * bits.shape[1]
+    for i in range(rows.shape[0]):
+        prefetch_row(address, row_bytes, rows, i)
+        row = np.uint64(rows[i])
+        for j in range(np.uint64(bits.shape[1])):
+            out[i, j] = _rounded(bits[row, j])
