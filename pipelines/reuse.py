@@ -82,8 +82,15 @@ def differences(found: dict[str, object], wanted: dict[str, object]) -> str:
 
 
 def _refuses_more(before: dict[str, object], now: dict[str, object]) -> bool:
+    fewer = int(str(now["max_pixels"])) < int(str(before["max_pixels"]))
+    return fewer or _refuses_by_content(before, now)
+
+
+def _refuses_by_content(before: dict[str, object], now: dict[str, object]) -> bool:
+    """Whether pictures that were taken would be refused for more than their size, which rows state."""
     stricter = (before["truncated"], now["truncated"]) == ("accept", "fail")
-    return stricter or int(str(now["max_pixels"])) < int(str(before["max_pixels"]))
+    # Datasets from before there was a number have none.
+    return stricter or int(str(before.get("rules", 1))) < int(str(now["rules"]))
 
 
 def carry_over_unchanged(earlier: Earlier, graph: EmbedConfig) -> set[str]:
@@ -146,13 +153,13 @@ def _carry_over(
 def index_vectors(earlier: Earlier, plan: EmbedPlan) -> ReuseSpec | None:
     """Makes the earlier dataset's vectors available by the content of their pictures.
 
-    Returns None where they cannot be taken over: they are of another encoder, or truncated images
-    that tonight's policy refuses may be among them.
+    Returns None where they cannot be taken over: they are of another encoder, or images that are
+    refused tonight, truncated or damaged ones, may be among them.
     """
     if fingerprint(earlier.made.properties["encoder"]) != fingerprint(plan.encoder):
         return None
     policy = plan.graph.spec.preparation.policy
-    if earlier.made.properties["admission"]["truncated"] == "accept" and policy.truncated == "fail":
+    if _refuses_by_content(earlier.made.properties["admission"], policy.admission()):
         return None
     path = storage.join(
         plan.graph.embeddings_folder, manifests.WORK_FOLDER, content_index_name(earlier.made)

@@ -54,6 +54,15 @@ class RunnerSpec:
 
 def make_pipeline(spec: RunnerSpec) -> beam.Pipeline:
     """Returns an empty pipeline for a runner. Raises ConfigError for a runner Beam has not."""
+    pipeline = _new_pipeline(spec)
+    # A folder for steps in other languages, of which Kith has none; a run that is killed would
+    # leave it behind.
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(pipeline.local_tempdir)
+    return pipeline
+
+
+def _new_pipeline(spec: RunnerSpec) -> beam.Pipeline:
     options = spec.options()
     if not spec.is_local:
         try:

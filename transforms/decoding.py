@@ -23,6 +23,11 @@ DicomFrame = Literal["first", "middle"]
 # 2: JPEG at reduced size by libjpeg-turbo, ICC profiles applied.
 RULES_VERSION = 2
 
+# Part of what decides which images are taken; raised when one is refused that was taken before.
+# 2: TIFF whose LZW or deflate data are damaged, and two kinds of planes. Datasets without a number
+# have 1.
+ADMISSION_RULES = 2
+
 
 @dataclass(frozen=True)
 class DecodePolicy:
@@ -58,7 +63,11 @@ class DecodePolicy:
 
     def admission(self) -> dict[str, object]:
         """What only decides whether an image is taken; JSON-able."""
-        return {"max_pixels": self.max_pixels, "truncated": self.truncated}
+        return {
+            "max_pixels": self.max_pixels,
+            "truncated": self.truncated,
+            "rules": ADMISSION_RULES,
+        }
 
 
 _DEFAULT_POLICY = DecodePolicy()
@@ -82,13 +91,18 @@ def decode_image(
     data: bytes,
     policy: DecodePolicy = _DEFAULT_POLICY,
     needed: Callable[[int, int], tuple[int, int]] | None = None,
+    most_held: int | None = None,
 ) -> DecodedImage:
     """Decodes one image, the first frame of an animation; safe to call from several threads.
 
     `needed(width, height)` of the upright image gives the (width, height) that its pixels must not
     fall below, at most its own; a policy of scaled decoding uses it. None: all pixels.
 
+    Where the decoder would hold more than `most_held` pixels at once, nothing is decoded; for a
+    JPEG at a reduced size those are fewer than the picture has.
+
     Raises:
+        TooManyPixels: more than `policy.max_pixels`, or `most_held`.
         ImageError: `empty`, `unsupported_format`, `truncated`, `corrupt` or `too_large`.
             Bad bytes raise nothing else.
         KithError: a decoder that the format needs cannot be loaded.
@@ -108,35 +122,37 @@ def decode_image(
                 policy.max_pixels,
                 needed if policy.scaled else None,
                 accept_truncated=policy.truncated == "accept",
+                most_held=most_held,
             )
             return DecodedImage(pixels, width, height, name)
-        pixels = _decode(data, name, policy)
+        most = policy.max_pixels if most_held is None else min(policy.max_pixels, most_held)
+        pixels = _decode(data, name, policy, most)
     except PILLOW_ERRORS as error:
         raise image_error(name, error) from error
     height, width = pixels.shape[:2]
     return DecodedImage(pixels, width, height, name)
 
 
-def _decode(data: bytes, name: str, policy: DecodePolicy) -> Pixels:
+def _decode(data: bytes, name: str, policy: DecodePolicy, max_pixels: int) -> Pixels:
     if name == "webp":
         header = tfio_decoding.read_webp_header(data)
-        check_size(header.width, header.height, policy.max_pixels)
+        check_size(header.width, header.height, max_pixels)
         if not header.animated:
             return to_srgb(tfio_decoding.decode_webp(data, header), webp_profile(data))
     if name == "tiff":
-        return to_srgb(tfio_decoding.decode_tiff(data, policy.max_pixels), tiff_profile(data))
+        return to_srgb(tfio_decoding.decode_tiff(data, max_pixels), tiff_profile(data))
     if name == "dicom":
-        return decode_dicom(data, policy.max_pixels, policy.dicom_frame)
+        return decode_dicom(data, max_pixels, policy.dicom_frame)
     try:
-        return _decode_with_pillow(data, name, policy)
+        return _decode_with_pillow(data, name, policy, max_pixels)
     except PILLOW_ERRORS:
         if name != "png":
             raise
     # Damage beside the picture, in a text or a time, costs no picture.
-    return _decode_with_pillow(only_picture(data), name, policy)
+    return _decode_with_pillow(only_picture(data), name, policy, max_pixels)
 
 
-def _decode_with_pillow(data: bytes, name: str, policy: DecodePolicy) -> Pixels:
+def _decode_with_pillow(data: bytes, name: str, policy: DecodePolicy, max_pixels: int) -> Pixels:
     with open_image(name, data) as image:
-        check_size(image.width, image.height, policy.max_pixels)
+        check_size(image.width, image.height, max_pixels)
         return upright_pixels(image, accept_truncated=policy.truncated == "accept")

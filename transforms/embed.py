@@ -149,6 +149,9 @@ class _EmbedShard(beam.DoFn):
                     task, spec, encoder, self._embeddings_folder, self._failures_folder, self._reuse
                 )
             _count(finished)
+        else:
+            # A process that was killed just after it had finished the part has left its marks.
+            InFlightMarks.forget(_marks_folder(self._failures_folder), _marks_name(task))
         yield finished
 
 
@@ -188,8 +191,9 @@ def embed_shard(
 ) -> Part:
     """Embeds one shard: writes its parts of both datasets, marks them, returns the embeddings' one.
 
-    Memory: the look-ahead of decoded images, the batches in flight and one row group. Raises
-    KithError when the books do not balance: a defect, not a bad image.
+    Memory: the look-ahead of decoded images, the batches in flight, one row group, and the images
+    that are being decoded, which `transforms.pixel_budget` bounds. Raises KithError when the books
+    do not balance: a defect, not a bad image.
     """
     threads = spec.threads or len(os.sched_getaffinity(0))
     look_ahead = 2 * spec.batch_size + threads
@@ -200,9 +204,7 @@ def embed_shard(
     shard = ShardEncoder(encoder, spec.batch_size, spec.preparation.policy, previous, spec.normalize)
     with (
         contextlib.closing(shard),
-        InFlightMarks.open(
-            _marks_folder(failures_folder), f"{task.part}-{short(task.key)}", threads
-        ) as marks,
+        InFlightMarks.open(_marks_folder(failures_folder), _marks_name(task), threads) as marks,
     ):
         with (
             storage.atomic_path(storage.join(embeddings_folder, name)) as temporary,
@@ -228,10 +230,13 @@ def embed_shard(
 def _marks_folder(failures_folder: str) -> str:
     """A local folder for the marks of images in flight; in the workspace, where that is local."""
     if storage.is_remote(failures_folder):
-        return os.path.join(
-            tempfile.gettempdir(), "kith-in-flight", short(fingerprint(failures_folder))
-        )
+        name = f"kith-in-flight-{short(fingerprint(failures_folder))}"
+        return os.path.join(tempfile.gettempdir(), name)
     return storage.join(failures_folder, manifests.WORK_FOLDER, "in-flight")
+
+
+def _marks_name(task: EmbedTask) -> str:
+    return f"{task.part}-{short(task.key)}"
 
 
 def _balance(task: EmbedTask, books: ShardBooks) -> dict[str, object]:

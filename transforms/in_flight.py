@@ -50,9 +50,7 @@ class InFlightMarks:
 
         `name` must change with the content of the task's shard, as ordinals do.
         """
-        os.makedirs(folder, exist_ok=True)
-        dead = _lock_abandoned(folder, name)
-        path, descriptor = dead[0] if dead else _lock_new(folder, name)
+        dead, (path, descriptor) = _lock_own(folder, name)
         try:
             found = [_read(*locked) for locked in dead]
             suspects = frozenset[int]().union(*found)
@@ -69,6 +67,15 @@ class InFlightMarks:
             os.close(locked)
         return marks
 
+    @staticmethod
+    def forget(folder: str, name: str) -> None:
+        """Removes what dead processes left of a task that is finished, and the folder if empty."""
+        with contextlib.suppress(FileNotFoundError):
+            for path, descriptor in _lock_abandoned(folder, name):
+                _remove(path)
+                os.close(descriptor)
+        _remove_if_empty(folder)
+
     def set(self, slot: int, ordinal: int) -> None:
         """Marks an image as being decoded by the thread of a slot."""
         self._slots[slot] = ordinal + 1
@@ -83,9 +90,10 @@ class InFlightMarks:
         _write_suspects(self._path, self.suspects)
 
     def finish(self) -> None:
-        """Removes the files: the task is done, and nothing of it will be tried again."""
+        """Removes the files, and the folder if empty: nothing of the task will be tried again."""
         _remove(self._path)
         self.close()
+        _remove_if_empty(os.path.dirname(self._path))
 
     def close(self) -> None:
         """Lets go of the file and leaves it on disk; closing twice is fine."""
@@ -108,6 +116,17 @@ class InFlightMarks:
         self.close()
 
 
+def _lock_own(folder: str, name: str) -> tuple[list[tuple[str, int]], tuple[str, int]]:
+    """Locks what dead processes left of a task, and the file for this one: the first of those."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(folder)
+        # Another task that finishes may take the folder away as long as it is empty.
+        with contextlib.suppress(FileNotFoundError):
+            dead = _lock_abandoned(folder, name)
+            return dead, dead[0] if dead else _lock_new(folder, name)
+
+
 def _lock_abandoned(folder: str, name: str) -> list[tuple[str, int]]:
     """Locks the task's files that no living process holds: (path, descriptor), in order of number."""
     own = re.compile(re.escape(name) + r"\.\d+" + re.escape(_MARKS))
@@ -120,7 +139,10 @@ def _lock_abandoned(folder: str, name: str) -> list[tuple[str, int]]:
 
 
 def _lock_new(folder: str, name: str) -> tuple[str, int]:
-    """Creates the file with the first number that no living process holds, and locks it."""
+    """Creates the file with the first number that no living process holds, and locks it.
+
+    Raises FileNotFoundError when the folder is gone.
+    """
     number = 0
     while True:
         path = os.path.join(folder, f"{name}.{number}{_MARKS}")
@@ -133,11 +155,14 @@ def _lock_new(folder: str, name: str) -> tuple[str, int]:
 def _lock(path: str, flags: int) -> int | None:
     """Returns a descriptor with an exclusive lock, or None where another process has one.
 
+    None also where there is no file and none is to be made; FileNotFoundError for want of a folder.
     The lock belongs to the open file and goes with the process, however that ends.
     """
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
     except FileNotFoundError:
+        if flags & os.O_CREAT:
+            raise
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,6 +204,11 @@ def _remove(path: str) -> None:
     for stale in (suspects + _UNFINISHED, suspects, path):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(stale)
+
+
+def _remove_if_empty(folder: str) -> None:
+    with contextlib.suppress(OSError):  # Gone already, or other tasks have files there.
+        os.rmdir(folder)
 
 
 def _suspects_path(path: str) -> str:

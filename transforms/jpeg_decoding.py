@@ -176,15 +176,22 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 
 def decode_jpeg(
-    data: bytes, max_pixels: int, needed: Needed | None, *, accept_truncated: bool
+    data: bytes,
+    max_pixels: int,
+    needed: Needed | None,
+    *,
+    accept_truncated: bool,
+    most_held: int | None = None,
 ) -> tuple[Pixels, tuple[int, int]]:
     """Decodes a JPEG to upright sRGB and tells its full (width, height), upright.
 
     The pixels, uint8 [h, w, 3], have the smallest of libjpeg's sizes that is not below
     `needed(width, height)`, or all of them when `needed` is None. With `accept_truncated` what a
-    cut or damaged stream holds is decoded, and the rest is grey.
+    cut or damaged stream holds is decoded, and the rest is grey. Nothing is decoded where libjpeg
+    would hold more than `most_held` pixels at once.
 
     Raises:
+        TooManyPixels: more than `max_pixels`, or `most_held`.
         ImageError: `too_large`, `truncated`, `corrupt` or `unsupported_format`.
     """
     header = read_jpeg_header(data)
@@ -198,11 +205,26 @@ def decode_jpeg(
         least = needed(*size)
         least = max(least[0], 1), max(least[1], 1)  # Zero would mean any size to libjpeg.
         least = least[::-1] if turned else least
+    if most_held is not None:
+        check_size(*_held_size(header, least), most_held)
     try:
         pixels = _decode(data, header, least, strict=True)
     except ValueError as error:
         pixels = _decode_faulty(data, header, least, str(error), accept_truncated=accept_truncated)
     return orient(pixels, header.orientation), size
+
+
+def _held_size(header: JpegHeader, least: tuple[int, int] | None) -> tuple[int, int]:
+    """The (width, height) that libjpeg holds: what it returns, or all where scans come in turns.
+
+    Its sizes are n/8 of the full one, rounded up.
+    """
+    width, height = header.width, header.height
+    in_one_scan = header.scan_components == header.components
+    if least is None or header.frame not in _SEQUENTIAL or not in_one_scan:
+        return width, height
+    eighths = min(max(-(-8 * least[0] // width), -(-8 * least[1] // height)), 8)
+    return -(-width * eighths // 8), -(-height * eighths // 8)
 
 
 def _decode(data: bytes, header: JpegHeader, least: tuple[int, int] | None, *, strict: bool) -> Pixels:

@@ -18,18 +18,27 @@ ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
+class TooManyPixels(ImageError):
+    """A size above a bound, `too_large`; `pixels` is what it comes to."""
+
+    pixels = 0
+
+
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Refuses an image by the size that its header states, before any pixel is decoded.
 
     Raises:
-        ImageError: `corrupt` for a size below one, `too_large` above `max_pixels`.
+        ImageError: `corrupt` for a size below one.
+        TooManyPixels: above `max_pixels`.
     """
     if width < 1 or height < 1:
         raise ImageError(CORRUPT, f"The header states {width} x {height} pixels.")
     if width * height > max_pixels:
-        raise ImageError(
+        error = TooManyPixels(
             TOO_LARGE, f"The header states {width} x {height} pixels, more than {max_pixels}."
         )
+        error.pixels = width * height
+        raise error
 
 
 def orient(pixels: Pixels, orientation: object) -> Pixels:

@@ -6,6 +6,7 @@ what a thread does not come back from, is tried again in a process of its own, w
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 
 from index_builder.errors import ImageError
 from transforms.decode_alone import decode_alone
-from transforms.decoding import DecodePolicy, decode_image
+from transforms.decoding import DecodedImage, DecodePolicy, decode_image
 from transforms.failures import UNREADABLE_REGION, Failure
 from transforms.in_flight import InFlightMarks
+from transforms.pixel_budget import AT_ONCE_PIXELS, FREE_PIXELS, PIXELS
+from transforms.pixel_rules import TooManyPixels
 from transforms.preprocessing import Preprocessing
 from transforms.sources.base import ImageRecord, UnreadableRegion
 
@@ -77,11 +80,15 @@ def never(digest: bytes) -> bool:
 
 
 def prepare_image(
-    record: ImageRecord, preparation: Preparation, known: Callable[[bytes], bool] = never
+    record: ImageRecord,
+    preparation: Preparation,
+    known: Callable[[bytes], bool] = never,
+    make_room: Callable[[int], None] | None = None,
 ) -> Prepared:
     """Decodes and resizes one image; whatever is wrong with it becomes a Failure.
 
-    `known` tells by the SHA-256 of the encoded bytes whether decoding can be spared.
+    `known` tells by the SHA-256 of the encoded bytes whether decoding can be spared. `make_room` is
+    called with the number of pixels before a large image is decoded, and may wait.
     """
     if record.error is not None:
         return failure_of(record, "read", record.error)
@@ -91,13 +98,27 @@ def prepare_image(
         return KnownImage(dataclasses.replace(record, data=b""), digest)
     preprocessing = preparation.preprocessing
     try:
-        image = decode_image(data, preparation.policy, preprocessing.needed_size)
+        image = _decode_with_room(data, preparation, make_room)
     except ImageError as error:
         return failure_of(record, "decode", error)
     pixels = preprocessing.apply(image.pixels, (image.width, image.height))
     # The encoded bytes are not kept: many images wait for their batch.
     kept = dataclasses.replace(record, data=b"")
     return PreparedImage(kept, pixels, digest, image.width, image.height, image.format)
+
+
+def _decode_with_room(
+    data: bytes, preparation: Preparation, make_room: Callable[[int], None] | None
+) -> DecodedImage:
+    policy, needed = preparation.policy, preparation.preprocessing.needed_size
+    if make_room is not None:
+        try:
+            return decode_image(data, policy, needed, FREE_PIXELS)
+        except TooManyPixels as error:
+            pixels = error.pixels
+        if pixels <= policy.max_pixels:
+            make_room(pixels)
+    return decode_image(data, policy, needed)
 
 
 def prepare_image_alone(
@@ -142,7 +163,8 @@ def prepare_images(
 
     At most `look_ahead` images are read and not yet yielded, which bounds the memory. The threads
     go on while the caller works on what it got, so decoding overlaps with encoding. `known` is
-    called on them.
+    called on them. Large images take turns, so that no more than AT_ONCE_PIXELS of them are decoded
+    at once, or one that has more.
 
     `marks` must have a slot for each thread, and the stream must be the one that they were made
     for. An image that they suspect, or that a thread decodes for longer than `timeout_sec`, is
@@ -219,7 +241,9 @@ class _DecodePool:
         self._threads = [self._start(slot) for slot in range(threads)]
 
     def _start(self, slot: int) -> "_DecodeThread":
-        thread = _DecodeThread(self._tasks, self._preparation, self._known, self._marks, slot)
+        thread = _DecodeThread(
+            self._tasks, self._preparation, self._known, self._marks, slot, self._timeout_sec
+        )
         thread.start()
         return thread
 
@@ -234,8 +258,10 @@ class _DecodePool:
         wait = self._timeout_sec
         while not task.done.acquire(timeout=wait):
             worker = task.worker
-            # With all earlier tasks done or given up, some thread is about to begin this one.
+            # With all earlier tasks done or given up, some thread is about to begin this one, or
+            # waits for room to decode it.
             if worker is None:
+                wait = self._timeout_sec
                 continue
             wait = task.started + self._timeout_sec - time.monotonic()
             if wait <= 0:
@@ -289,6 +315,7 @@ class _DecodeThread(threading.Thread):
         known: Callable[[bytes], bool],
         marks: InFlightMarks | None,
         slot: int,
+        timeout_sec: float,
     ) -> None:
         super().__init__(name=f"decode-{slot}", daemon=True)
         self.slot = slot
@@ -296,6 +323,7 @@ class _DecodeThread(threading.Thread):
         self._preparation = preparation
         self._known = known
         self._marks = marks
+        self._timeout_sec = timeout_sec
         # Held for every change of the marks, so that a thread left behind never touches a slot that
         # is another's by then, or a file that is closed.
         self._lock = threading.Lock()
@@ -317,9 +345,12 @@ class _DecodeThread(threading.Thread):
             task.started = time.monotonic()
             task.worker = self
             try:
-                task.result = prepare_image(record, preparation, known)
+                task.result = prepare_image(
+                    record, preparation, known, functools.partial(self._make_room, task)
+                )
             except BaseException as error:  # Whatever it is, the consumer raises it.
                 task.error = error
+            PIXELS.give_back(self)
             with lock:
                 if self._left.is_set():
                     return
@@ -327,6 +358,14 @@ class _DecodeThread(threading.Thread):
                     marks.clear(slot)
                 task.record = None
                 task.done.release()
+
+    def _make_room(self, task: _Task, pixels: int) -> None:
+        """Waits for other large images; that time is none of the decoder's."""
+        task.worker = None
+        most = max(self._preparation.policy.max_pixels, AT_ONCE_PIXELS)
+        PIXELS.take(self, pixels, most, self._timeout_sec)
+        task.started = time.monotonic()
+        task.worker = self
 
     def give_up(self, task: _Task) -> ImageRecord | None:
         """Leaves the thread behind with its task and returns the record; None if it just finished."""
@@ -343,4 +382,5 @@ class _DecodeThread(threading.Thread):
 
     def _leave(self) -> None:
         self._left.set()
+        PIXELS.give_back(self)
         self.name = f"left behind, {self.name}"

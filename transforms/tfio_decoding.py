@@ -18,6 +18,7 @@ from PIL import Image, TiffImagePlugin
 
 from index_builder.errors import ImageError, KithError
 from transforms.encoders.keras_runtime import import_tensorflow
+from transforms.pillow_decoding import PILLOW_ERRORS
 from transforms.pixel_rules import (
     CORRUPT,
     ORIENTATION_TAG,
@@ -43,6 +44,14 @@ _TIFF_SAMPLES, _TIFF_EXTRA, _TIFF_SAMPLE_FORMAT = 277, 338, 339
 _UNSIGNED, _NO_FORMAT = 1, 4
 
 _LIBTIFF_BITS = (1, 2, 4, 8, 16)
+
+_TIFF_COMPRESSION, _TIFF_PHOTOMETRIC, _TIFF_PLANES = 259, 262, 284
+_UNCOMPRESSED, _CMYK, _SEPARATE = 1, 5, 2
+# LZW and two numbers of deflate, whose damage libtiff finds; tensorflow-io keeps that to itself.
+_CHECKED_COMPRESSIONS = (5, 8, 32946)
+
+# Pillow's text for compressed data that libtiff finds damaged.
+_BROKEN_DATA = "decoder error -2"
 
 # What wraps an error text of TensorFlow.
 _GRAPH_NOISE = re.compile(r"\{\{.*?\}\}\s*|\s*\[Op:.*\]")
@@ -151,6 +160,7 @@ def decode_tiff(data: bytes, max_pixels: int) -> Pixels:
     width, height = _whole(tags.get(_TIFF_WIDTH)), _whole(tags.get(_TIFF_HEIGHT))
     check_size(width, height, max_pixels)
     _check_tiff_samples(tags)
+    _check_tiff_planes(tags)
     for offsets_tag, counts_tag in _TIFF_DATA_TAGS:
         ranges = zip(_values(tags.get(offsets_tag)), _values(tags.get(counts_tag)), strict=False)
         if any(_whole(offset) + _whole(count) > len(data) for offset, count in ranges):
@@ -159,6 +169,8 @@ def decode_tiff(data: bytes, max_pixels: int) -> Pixels:
     # libtiff shows grey with alpha without the alpha.
     if samples == 2 or _tiff_bits(tags) not in _LIBTIFF_BITS:
         return _tiff_with_pillow(data, max_pixels)
+    if _whole(tags.get(_TIFF_COMPRESSION)) in _CHECKED_COMPRESSIONS:
+        _check_tiff_data(data)
     try:
         rgba = _run("tiff", import_tensorflow_io().experimental.image.decode_tiff, data)
     except ImageError as error:
@@ -184,6 +196,35 @@ def _check_tiff_samples(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
             f"The tiff image has {kind} samples of {bits} bits; unsigned ones of at most 16 bits "
             "are read, for others have no stated range.",
         )
+
+
+def _check_tiff_planes(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
+    """Refuses planes that libtiff does not show, and of which Pillow makes another picture."""
+    with_alpha = _whole(tags.get(_TIFF_SAMPLES, 1)) == 2
+    deep_ink = _whole(tags.get(_TIFF_PHOTOMETRIC)) == _CMYK and _tiff_bits(tags) == 16
+    as_is = _whole(tags.get(_TIFF_COMPRESSION, _UNCOMPRESSED)) == _UNCOMPRESSED
+    if _whole(tags.get(_TIFF_PLANES)) == _SEPARATE and (with_alpha or (deep_ink and as_is)):
+        raise ImageError(
+            UNSUPPORTED_FORMAT,
+            "The tiff image has planes of a kind that is not read: grey and alpha, or uncompressed "
+            "16-bit CMYK.",
+        )
+
+
+def _check_tiff_data(data: bytes) -> None:
+    """Asks Pillow, which passes on what libtiff says; without it the rest of a strip would be black.
+
+    Raises:
+        ImageError: `corrupt`. What Pillow cannot show for another reason is no matter of the data.
+    """
+    try:
+        with TiffImagePlugin.TiffImageFile(io.BytesIO(data)) as image:
+            image.load()
+    except PILLOW_ERRORS as error:
+        if _BROKEN_DATA in str(error):
+            raise ImageError(
+                CORRUPT, "The tiff image cannot be decoded: its compressed data are damaged."
+            ) from error
 
 
 def _tiff_on_white(rgba: Pixels, samples: int, extra: tuple[Any, ...]) -> Pixels:

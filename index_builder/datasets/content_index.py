@@ -5,7 +5,6 @@ with the catalogue. Digests are cut to 16 bytes; who reads the row checks the wh
 """
 
 import os
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +28,7 @@ def build_content_index(folder: str, parts: Sequence[Part], path: str) -> None:
     """
     rows = sum(part.rows for part in parts)
     buckets = max(1, -(-rows // _BUCKET_ENTRIES))
-    with tempfile.TemporaryDirectory(prefix="kith-") as scratch:
+    with storage.scratch_folder(storage.join(path, "..")) as scratch:
         names = [os.path.join(scratch, str(number)) for number in range(buckets)]
         for number, part in enumerate(parts):
             entries = _entries(folder, part, number)

@@ -135,6 +135,19 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def scratch_folder(parent: str) -> Iterator[str]:
+    """Yields a new local folder that is removed at the end: in `parent`, where that is local.
+
+    A killed process leaves it there, to be removed with the `parent`, not in the system's folder.
+    """
+    inside = None if is_remote(parent) else parent
+    if inside is not None:
+        os.makedirs(inside, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="kith-", dir=inside) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
 def atomic_path(path: str) -> Iterator[str]:
     """Yields a local temporary path; what is written there becomes `path` when the block ends well.
 

@@ -32,15 +32,21 @@ class Ended:
 
 
 class KillableRuns:
-    """Runs commands of Kith one after another; a context manager that ends its server."""
+    """Runs commands of Kith one after another; a context manager that ends its server.
+
+    `temporary` is the system's folder of temporary files for all runs, and nobody else's.
+    """
 
     def __init__(self, log: Path) -> None:
         self._log = log
+        self.temporary = log.parent / "temporary"
+        self.temporary.mkdir()
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.pipeline.killable_runs", str(log)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
+            env=os.environ | {"TMPDIR": str(self.temporary)},
         )
 
     def __enter__(self) -> "KillableRuns":

@@ -103,6 +103,7 @@ class Work:
         assert [str(path) for path in workspace.rglob("_work")] == []
         hidden = {str(path.relative_to(workspace)) for path in workspace.rglob(".*")}
         assert hidden == {".lock"}
+        assert list(self.runs.temporary.iterdir()) == []
 
     def kill_at_random(self, folder: Path, wanted: int, seed: int) -> Kills:
         """Kills runs at random moments of their time until so many were killed, and checks each end.

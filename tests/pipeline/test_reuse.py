@@ -1,5 +1,6 @@
 """What a change of the catalogue or of the encoder costs: only what it touches is embedded again."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import pytest
 
 from index_builder.datasets.manifests import Part
+from index_builder.errors import ConfigError
 from pipelines.embed_images import Embedded, embed_images
 from pipelines.embed_plan import plan_embedding
 from pipelines.nightly import run_nightly
+from pipelines.reuse import carry_over_unchanged, index_vectors, open_for_replay, open_published
 from tests.catalog_fixtures import copy_catalogue, flip_byte, read_dataset
 from tests.pipeline.small_catalogue import SAMPLES, dataset_bytes, load, session, write_config
+from transforms import decoding
 from transforms.encoders.engines.choice import DEFAULT_CHOICE
 
 
@@ -128,6 +132,28 @@ def test_settings_that_do_not_give_the_same_parts(
     before, after = (plan_embedding(load(path, *more), DEFAULT_CHOICE) for more in ([], [override]))
     assert before.identity == after.identity
     assert before.graph.tasks == after.graph.tasks
+
+
+def test_vectors_from_before_a_stricter_rule_are_not_taken_over(
+    finished: Path, catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(tmp_path / "c.yaml", catalogue, tmp_path / "w", evaluate={})
+    shutil.copytree(finished, tmp_path / "w")
+    monkeypatch.setattr(decoding, "ADMISSION_RULES", decoding.ADMISSION_RULES + 1)
+    config = load(path)
+    plan = plan_embedding(config, DEFAULT_CHOICE)
+    earlier = open_published(config.workspace)
+    assert earlier is not None
+    plan = dataclasses.replace(plan, encoder=earlier.made.properties["encoder"])
+    assert carry_over_unchanged(earlier, plan.graph) == set()
+    assert index_vectors(earlier, plan) is None
+    with pytest.raises(ConfigError, match="refuses more"):
+        open_for_replay(config.workspace, earlier.folder, plan)
+    # Datasets that state no number are older than any.
+    monkeypatch.undo()
+    assert index_vectors(earlier, plan) is not None
+    del earlier.made.properties["admission"]["rules"]
+    assert index_vectors(earlier, plan) is None
 
 
 def test_reuse_can_be_switched_off(finished: Path, catalogue: Path, tmp_path: Path) -> None:

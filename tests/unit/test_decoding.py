@@ -10,7 +10,13 @@ from PIL import Image
 
 from index_builder.errors import ImageError
 from tests.unit import images_for_tests as make
-from transforms.decoding import DEFAULT_MAX_PIXELS, RULES_VERSION, DecodePolicy, decode_image
+from transforms.decoding import (
+    ADMISSION_RULES,
+    DEFAULT_MAX_PIXELS,
+    RULES_VERSION,
+    DecodePolicy,
+    decode_image,
+)
 from transforms.image_formats import sniff_format
 
 EACH = make.one_of_each()
@@ -129,7 +135,11 @@ def test_policy_tells_pixels_from_admission() -> None:
         "dicom_frame": "first",
         "decode_rules": RULES_VERSION,
     }
-    assert plain.admission() == {"max_pixels": DEFAULT_MAX_PIXELS, "truncated": "fail"}
+    assert plain.admission() == {
+        "max_pixels": DEFAULT_MAX_PIXELS,
+        "truncated": "fail",
+        "rules": ADMISSION_RULES,
+    }
     admitting = DecodePolicy(max_pixels=5, truncated="accept")
     assert admitting.fingerprint() == plain.fingerprint()
     assert admitting.admission() != plain.admission()

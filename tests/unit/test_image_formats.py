@@ -247,6 +247,45 @@ def test_tiff_compressions(compression: str) -> None:
     assert_near(data, PICTURE, 6.0 if compression == "jpeg" else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("layout", "channels"),
+    [
+        (TiffLayout(0, bits=1), 1), (TiffLayout(1, bits=4), 1),
+        (TiffLayout(2, tile=(16, 32)), 3), (TiffLayout(2, planar=True), 3), (TiffLayout(2, extra=2), 4),
+        (TiffLayout(5), 4), (TiffLayout(6), 3), (TiffLayout(8), 3), (TiffLayout(1, orientation=6), 1),
+    ],
+)  # fmt: skip
+def test_sound_tiffs_are_the_same_compressed(layout: TiffLayout, channels: int) -> None:
+    samples = np.dstack([PICTURE, GREY])[..., :channels] >> (8 - (layout.bits or 8))
+    plain = decode_image(odd.tiff(samples, layout)).pixels
+    assert plain.std() > 10
+    np.testing.assert_array_equal(
+        decode_image(odd.tiff(samples, replace(layout, deflated=True))).pixels, plain
+    )
+
+
+def test_tiff_planes_that_nothing_shows_right_are_refused() -> None:
+    grey = np.dstack([GREY, GREY])
+    ink = np.dstack([DEEP, DEEP[..., :1]])
+    for samples, layout in ((grey, TiffLayout(1, extra=2)), (ink, TiffLayout(5))):
+        assert decode_image(odd.tiff(samples, layout)).format == "tiff"
+        error = refused(odd.tiff(samples, replace(layout, planar=True)))
+        assert error.reason == "unsupported_format"
+        assert "planes" in error.message
+    wanted = decode_image(odd.tiff(ink, TiffLayout(5))).pixels
+    assert_shows(odd.tiff(ink, TiffLayout(5, planar=True, deflated=True)), wanted)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_tiff_of_damaged_data_is_refused(compression: str) -> None:
+    data = bytearray(make.encode(PICTURE, "TIFF", compression=compression))
+    (start,) = Image.open(io.BytesIO(data)).tag_v2[273]
+    data[start + 40 : start + 60] = b"\xff" * 20
+    error = refused(bytes(data))
+    assert error.reason == "corrupt"
+    assert "tiff" in error.message
+
+
 @pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
 @pytest.mark.parametrize("white_is_zero", [False, True])
 def test_tiff_fax(compression: str, white_is_zero: bool) -> None:

@@ -66,7 +66,8 @@ def test_a_new_task_suspects_nothing_and_leaves_nothing(tmp_path: Path) -> None:
             marks.clear(ordinal % 3)
         assert files(tmp_path / "a" / "b") == ["part-7.0.marks"]
         marks.finish()
-    assert files(tmp_path / "a" / "b") == []
+    # The folder is gone as well.
+    assert files(tmp_path / "a") == []
 
 
 def test_what_a_killed_process_had_in_flight_is_suspected(
@@ -77,7 +78,7 @@ def test_what_a_killed_process_had_in_flight_is_suspected(
         assert marks.suspects == {4, 9}
         assert files(tmp_path / "m") == ["part-7.0.marks", "part-7.0.suspects.json"]
         marks.finish()
-    assert files(tmp_path / "m") == []
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_living_process_is_not_suspected_and_not_disturbed(
@@ -180,7 +181,7 @@ def test_a_crash_while_the_suspects_are_written_leaves_nothing(
     with open_marks(tmp_path) as marks:
         assert marks.suspects == {1, 2}
         marks.finish()
-    assert files(tmp_path) == []
+    assert not tmp_path.exists()
 
 
 def test_a_file_cut_short_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -210,7 +211,25 @@ def test_many_at_once_in_one_process_keep_apart(tmp_path: Path) -> None:
     assert len({path for path in files(tmp_path) if path.endswith(".marks")}) == 8
     for marks in opened:
         marks.finish()
-    assert files(tmp_path) == []
+    assert not tmp_path.exists()
+
+
+def test_what_a_finished_task_left_is_forgotten(
+    tmp_path: Path, other_process: subprocess.Popen[str]
+) -> None:
+    folder = tmp_path / "m"
+    leave(folder, 20)
+    with open_marks(folder, name="part-8") as marks:
+        marks.suspect(3)
+    # A living process keeps its own, and other tasks theirs.
+    InFlightMarks.forget(str(folder), "part-7")
+    assert files(folder) == ["part-7.0.marks", "part-8.0.marks", "part-8.0.suspects.json"]
+    kill(other_process)
+    InFlightMarks.forget(str(folder), "part-7")
+    assert files(folder) == ["part-8.0.marks", "part-8.0.suspects.json"]
+    InFlightMarks.forget(str(folder), "part-8")
+    assert not folder.exists()
+    InFlightMarks.forget(str(folder), "part-8")
 
 
 def test_closing_twice_is_fine(tmp_path: Path) -> None:

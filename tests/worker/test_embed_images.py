@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from tests.pipeline.small_catalogue import SAMPLES
 from tests.unit.records_for_tests import example, frame
 from transforms import embed, failures
 from transforms.decoding import DecodePolicy
-from transforms.embed import EmbedImages, EmbedSpec, EmbedTask
+from transforms.embed import EmbedImages, EmbedSpec, EmbedTask, _marks_folder, _marks_name
 from transforms.encoders.family import EncoderSpec
 from transforms.encoders.registry import load_encoder
+from transforms.in_flight import InFlightMarks
 from transforms.prepare import Preparation
 from transforms.preprocessing import Preprocessing
 from transforms.sources.files import FilesSource
@@ -117,6 +119,35 @@ def _read(folder: str, kind: str, parts: tuple[Part, ...]) -> list[dict[str, Any
 def hard(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
     source = FilesSource(format="files", paths=(str(SAMPLES / "hard" / "*"),), files_per_shard=5)
     return run_step(tmp_path_factory.mktemp("hard"), spec_of(source))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_marks_left_behind_a_finished_part_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    folder = f"memory://{tmp_path.name}" if remote else str(tmp_path)
+    made, failed = f"{folder}/embeddings", f"{folder}/failures"
+    source = FilesSource(format="files", paths=(str(SAMPLES / "hard" / "gray16.png"),))
+    spec = spec_of(source)
+    (shard,) = source.list_shards(0, str(tmp_path / "listings"))
+    task = EmbedTask(shard, "part-00000", spec.part_key(shard, spec.encoder_fingerprint()))
+
+    def define(root: beam.Pipeline) -> None:
+        _ = root | beam.Create([task]) | EmbedImages(spec, made, failed)
+
+    assert run_pipeline(define, RunnerSpec())["embed.images_in"] == 1
+    # As if the process had been killed between the two.
+    marks = Path(_marks_folder(failed))
+    assert marks.is_relative_to(tmp_path / ("temporary" if remote else "failures"))
+    assert not marks.exists()
+    with InFlightMarks.open(str(marks), _marks_name(task), 2) as left:
+        left.suspect(0)
+    assert len(list(marks.iterdir())) == 2
+    assert "embed.images_in" not in run_pipeline(define, RunnerSpec())
+    assert not marks.exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_every_hard_image_is_embedded_or_fails_with_its_reason(hard: Embedded) -> None:
