@@ -14,46 +14,39 @@ prints the tables of all of it.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks.embed import Ratio
 from benchmarks.figures import describe_machine
 from benchmarks.join_figures import (
     BATCH,
     COMMAND,
     IVF,
     KITH,
-    KITH_HALF,
     LIBRARY,
     SEARCH,
     WHOLE,
     Product,
     Run,
     Summary,
-    run_of,
     show,
 )
+from benchmarks.join_kith import measure_growth, measure_identical, measure_memory
 from benchmarks.join_log import Log
+from benchmarks.join_methods import measure_methods
 from benchmarks.join_options import LARGE_ROWS, parse
 from benchmarks.join_runs import JOIN_PEERS, Catalogue, empty, lists_of, run_kith
-from benchmarks.join_sets import TIMEOUT_SEC, Sets
-from benchmarks.peer_runs import Peer, SkippedError, StoppedError, make_environment, run_for_json
+from benchmarks.join_session import SHORT_TURNS, Session
+from benchmarks.join_sets import TIMEOUT_SEC
+from benchmarks.peer_runs import Peer, StoppedError, make_environment, run_for_json
 from benchmarks.products import LIBRARIES
 
-MEMORY_SHARDS = 4
-# How often a short measurement that is compared with another takes its turn.
-SHORT_TURNS = 3
 # Peers are tuned to this share of Kith's recall, as Kith is held to it against theirs.
 RECALL_SHARE = 0.999
 # The ways to run big_batch_search: one thread prepares nothing, one list, or lists ahead.
@@ -66,8 +59,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, log: Log) -> None:
         self._options = options
         self._log = log
-        self._sets = Sets(options.folder, options.nprobe, options.real, log.say)
-        self._threads = len(os.sched_getaffinity(0))
+        self._session = Session(options, log)
+        self._threads = self._session.threads
         self._best_way: dict[int, int] = {}
 
     def run(self) -> None:
@@ -76,43 +69,21 @@ class Bench:
         options.folder.mkdir(parents=True, exist_ok=True)
         if {"search", "vectors", "beam"} & set(parts):
             for size in (*options.sizes, *options.real):
-                for number, seed in enumerate(self._seeds(size)):
-                    with self._skipping(f"{size}, seed {seed}"):
-                        self._rounds(self._catalogue(size, seed), first=number == 0)
+                for number, seed in enumerate(self._session.seeds(size)):
+                    with self._session.skipping(f"{size}, seed {seed}"):
+                        self._rounds(self._session.catalogue(size, seed), first=number == 0)
         if "growth" in parts:
-            self._growth(options.growth)
+            measure_growth(self._session)
+        if "methods" in parts:
+            measure_methods(self._session)
         if "identical" in parts and options.identical:
-            for size in options.sizes:
-                if self._sets.is_made(size) and _rows(size) <= LARGE_ROWS:
-                    with self._skipping(f"identical vectors, {size}"):
-                        self._identical(size)
+            measure_identical(self._session)
         if "memory" in parts:
-            self._memory(options.memory)
+            measure_memory(self._session)
         if "peers" in parts:
             for size in (*options.sizes, *options.real):
-                with self._skipping(f"peers, {size}"):
-                    self._peers(self._catalogue(size, options.seeds[0]))
-
-    def _seeds(self, size: str) -> tuple[int, ...]:
-        """Returns the seeds of a set: all where it is made and not large, else the first."""
-        seeds: tuple[int, ...] = self._options.seeds
-        return seeds if self._sets.is_made(size) and _rows(size) <= LARGE_ROWS else seeds[:1]
-
-    def _catalogue(self, size: str, seed: int, identical: float = 0.0) -> Catalogue:
-        return self._sets.catalogue(self._sets.vectors(size, seed, identical), seed)
-
-    @contextlib.contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="join-", dir=self._options.folder) as folder:
-            yield Path(folder)
-
-    @contextlib.contextmanager
-    def _skipping(self, name: str) -> Iterator[None]:
-        """Turns what cannot be measured into a line that says why."""
-        try:
-            yield
-        except SkippedError as reason:
-            self._log.skip(name, str(reason))
+                with self._session.skipping(f"peers, {size}"):
+                    self._peers(self._session.catalogue(size, options.seeds[0]))
 
     # A catalogue of the table
 
@@ -123,7 +94,7 @@ class Bench:
             once = first and number == 0
             if "search" in parts:
                 self._limits(catalogue)
-                self._search(catalogue)
+                self._session.search(catalogue)
                 self._faiss_searches(catalogue, once)
             if "vectors" in parts:
                 self._whole(catalogue)
@@ -132,9 +103,7 @@ class Bench:
                 self._commands(catalogue)
 
     def _add(self, catalogue: Catalogue, row: str, method: str, found: dict[str, Any]) -> Run:
-        run = run_of(catalogue.about, catalogue.seed, row, method, found)
-        self._log.add_run(run, found.get("versions", {}))
-        return run
+        return self._session.add(catalogue.about, catalogue.seed, row, method, found)
 
     def _limits(self, catalogue: Catalogue) -> None:
         """Measures the matrix products: every library once a dim, then the fastest again."""
@@ -150,32 +119,17 @@ class Bench:
         for library in libraries:
             command = [sys.executable, "-m", "benchmarks.products", "--library", library]
             command += ["--dim", str(dim), "--threads", str(self._threads)]
-            with self._skipping(f"product of {library}"):
+            with self._session.skipping(f"product of {library}"):
                 found = run_for_json(command, TIMEOUT_SEC)
                 for precision, rate in found["rates"].items():
                     way = found["ways"][precision]
                     self._log.add_product(Product(name, precision, rate, library, way, dim))
 
-    def _part(self, part: str, *arguments: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "benchmarks.join_parts", part, *arguments]
-        command += ["--k", str(self._options.k), "--threads", str(self._threads)]
-        return run_for_json(command, TIMEOUT_SEC)
-
-    def _search(self, catalogue: Catalogue, methods: Sequence[str] = (KITH, KITH_HALF)) -> None:
-        """Measures the search of Kith's library alone."""
-        given = ["--data", catalogue.about["folder"], "--index", catalogue.index]
-        given += ["--warm", catalogue.tiny]
-        for precision, method in (("float32", KITH), ("bfloat16", KITH_HALF)):
-            if method in methods:
-                with self._skipping(f"{method}, {SEARCH}, {catalogue.about['name']}"):
-                    found = self._part("search", *given, "--precision", precision)
-                    self._add(catalogue, SEARCH, method, found)
-
     def _whole(self, catalogue: Catalogue) -> None:
         """Measures Kith's library from Parquet to neighbours."""
         about = catalogue.about
-        with self._skipping(f"Kith, {WHOLE}, {about['name']}"), self._scratch() as out:
-            found = self._part(
+        with self._session.skipping(f"Kith, {WHOLE}, {about['name']}"), self._session.scratch() as out:
+            found = self._session.part(
                 "whole", "--data", about["folder"], "--warm", catalogue.tiny, "--out", str(out),
                 "--nlist", str(lists_of(about["rows"])), "--nprobe", str(catalogue.nprobe),
                 "--seed", str(catalogue.seed),
@@ -190,9 +144,9 @@ class Bench:
         name, settings = catalogue.about["name"], {"join": {"k": self._options.k}}
         turns = SHORT_TURNS if catalogue.about["rows"] <= LARGE_ROWS else 1
         for _ in range(turns):
-            with self._skipping(f"kith join, {name}"), self._scratch() as scratch:
+            with self._session.skipping(f"kith join, {name}"), self._session.scratch() as scratch:
                 with empty(scratch / "library") as out:
-                    found = self._part(
+                    found = self._session.part(
                         "library", "--index", catalogue.index, "--warm", catalogue.tiny,
                         "--out", str(out),
                     )  # fmt: skip
@@ -217,10 +171,10 @@ class Bench:
         if "batch" in peers:
             self._batch_search(catalogue, once)
         if "ivf" in peers:
-            with self._skipping(f"{IVF}, {name}"):
+            with self._session.skipping(f"{IVF}, {name}"):
                 self._add(catalogue, SEARCH, IVF, self._faiss_run(catalogue, "ivf", "search"))
         if "knn" in peers and once:
-            with self._skipping(f"faiss.knn, {name}"):
+            with self._session.skipping(f"faiss.knn, {name}"):
                 exact = self._faiss_run(catalogue, "knn", "search")
                 for row in (SEARCH, WHOLE):
                     self._add(catalogue, row, "faiss.knn", exact)
@@ -232,7 +186,7 @@ class Bench:
         every = known is None or (once and catalogue.about["rows"] <= LARGE_ROWS)
         found = {}
         for way in BATCH_WAYS if every else (known or 0,):
-            with self._skipping(f"{BATCH}, threaded {way}, {name}"):
+            with self._session.skipping(f"{BATCH}, threaded {way}, {name}"):
                 found[way] = self._faiss_run(catalogue, "batch", "search", way)
         if found:
             best = min(found, key=lambda way: found[way]["stages"]["search"])
@@ -242,11 +196,11 @@ class Bench:
     def _faiss_wholes(self, catalogue: Catalogue, once: bool) -> None:
         peers, name = self._options.peers, catalogue.about["name"]
         if "batch" in peers:
-            with self._skipping(f"{BATCH}, {WHOLE}, {name}"):
+            with self._session.skipping(f"{BATCH}, {WHOLE}, {name}"):
                 way = self._best_way.get(catalogue.about["dim"], BATCH_WAYS[0])
                 self._add(catalogue, WHOLE, BATCH, self._faiss_run(catalogue, "batch", "whole", way))
         if "ivf" in peers and once:
-            with self._skipping(f"{IVF}, {WHOLE}, {name}"):
+            with self._session.skipping(f"{IVF}, {WHOLE}, {name}"):
                 self._add(catalogue, WHOLE, IVF, self._faiss_run(catalogue, "ivf", "whole"))
 
     def _faiss_run(self, catalogue: Catalogue, method: str, work: str, way: int = 0) -> dict[str, Any]:
@@ -257,7 +211,7 @@ class Bench:
         self, python: str, module: str, catalogue: Catalogue, more: Sequence[str], timeout_sec: float
     ) -> dict[str, Any]:
         """Runs a module of `benchmarks.peers` in a process of its own."""
-        with self._scratch() as out:
+        with self._session.scratch() as out:
             command = [python, "-m", f"benchmarks.peers.{module}", "--out", str(out)]
             command += ["--data", catalogue.about["folder"], "--centroids", catalogue.centroids]
             command += ["--nlist", str(catalogue.nlist), "--nprobe", str(catalogue.nprobe)]
@@ -269,11 +223,11 @@ class Bench:
 
     def _peers(self, catalogue: Catalogue) -> None:
         if not self._log.of(catalogue.about["name"], SEARCH, KITH):
-            self._search(catalogue, (KITH,))  # Its recall is what they are tuned to.
+            self._session.search(catalogue, (KITH,))  # Its recall is what they are tuned to.
         target = RECALL_SHARE * self._log.recall(catalogue.about["name"])
         for peer in JOIN_PEERS:
             if peer.name in self._options.peers:
-                with self._skipping(f"{peer.title}, {catalogue.about['name']}"):
+                with self._session.skipping(f"{peer.title}, {catalogue.about['name']}"):
                     self._peer(catalogue, peer, target)
 
     def _peer(self, catalogue: Catalogue, peer: Peer, target: float) -> None:
@@ -294,63 +248,6 @@ class Bench:
             return
         for row in (SEARCH, WHOLE):
             self._add(catalogue, row, peer.title, found)
-
-    # What only Kith has
-
-    def _growth(self, sizes: Sequence[str]) -> None:
-        """Measures the search of sets of several sizes that no other part has measured."""
-        for size in sizes:
-            seed = self._options.seeds[0]
-            with self._skipping(f"growth, {size}"):
-                about = self._sets.vectors(size, seed)
-                missing = SHORT_TURNS if about["rows"] <= LARGE_ROWS else 1
-                missing -= len(self._log.of(about["name"], SEARCH, KITH))
-                if missing > 0:
-                    catalogue = self._sets.catalogue(about, seed)
-                    for _ in range(missing):
-                        self._search(catalogue, (KITH,))
-
-    def _identical(self, size: str) -> None:
-        """Measures the search over a corpus of which a share is one picture, beside one without."""
-        seed = self._options.seeds[0]
-        plain, same = (self._catalogue(size, seed, each) for each in (0.0, self._options.identical))
-        seconds: dict[str, list[float]] = {}
-        for _ in range(SHORT_TURNS):
-            for each in (plain, same):
-                found = self._part(
-                    "search", "--data", each.about["folder"], "--index", each.index,
-                    "--warm", each.tiny,
-                )  # fmt: skip
-                seconds.setdefault(each.about["name"], []).append(found["stages"]["search"])
-        ratio = min(seconds[same.about["name"]]) / min(seconds[plain.about["name"]])
-        name = f"{same.about['name']} / without, Kith, {SEARCH}"
-        self._log.add_ratio(Ratio(name, ratio, "the fastest of each"))
-
-    def _memory(self, sizes: Sequence[str]) -> None:
-        """Measures the memory of one join task over sets of several sizes; a shard's rows stay."""
-        peaks: list[tuple[str, int]] = []
-        least = min((_rows(size) for size in sizes), default=0)
-        seed = self._options.seeds[0]
-        for size in sizes:
-            with self._skipping(f"memory, {size}"):
-                about = self._sets.vectors(size, seed)
-                shards = round(MEMORY_SHARDS * about["rows"] / least)
-                catalogue = self._sets.catalogue(about, seed, shards)
-                found = self._part("task", "--index", catalogue.index, "--warm", catalogue.tiny)
-                peaks.append((about["name"], found["peak_bytes"]))
-                note = (
-                    f"one of {found['shards']} tasks, {found['queries']:,} queries; "
-                    f"{found['base_bytes'] / 2**20:,.0f} MiB before it"
-                )
-                name = f"peak memory of a join task, MiB, {size}"
-                self._log.add_ratio(Ratio(name, found["peak_bytes"] / 2**20, note))
-        for name, peak in peaks[1:]:
-            text = f"peak memory of a join task, {name} / {peaks[0][0]}"
-            self._log.add_ratio(Ratio(text, peak / peaks[0][1]))
-
-
-def _rows(size: str) -> int:
-    return int(size.partition("x")[0])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,6 +14,8 @@ from benchmarks.figures import Figure, show_figures, show_machine, speed
 # The two rows of every method, and what only Kith has.
 SEARCH, WHOLE, LIBRARY, COMMAND = "search only", "from vectors", "library call", "kith join"
 KITH, KITH_HALF = "Kith", "Kith, bfloat16"
+# Search only, over lists of one mean length whatever the rows.
+EQUAL_LISTS = "search only, equal lists"
 BATCH, IVF = "big_batch_search", "IndexIVFFlat"
 # So much of `kith join`'s start is no part of its work.
 MOST_STARTUP_SEC = 5.0
@@ -90,7 +92,11 @@ class Summary:
                 seconds, best = limit
                 note = f"{best.library}, {best.way}: {best.rate / 1e9:,.0f} GFLOP/s"
                 yield Figure(name, f"limit, {precision}", rows, "vectors", seconds, note=note)
-        for row in (SEARCH, WHOLE, LIBRARY, COMMAND):
+        first = (SEARCH, WHOLE, LIBRARY, COMMAND)
+        others = dict.fromkeys(
+            run.row for run in self._runs if run.set == name and run.row not in first
+        )
+        for row in (*first, *others):
             runs = self._of(name, row)
             kith = self.seconds(name, row, KITH)
             for method in dict.fromkeys(run.method for run in runs):
@@ -154,20 +160,27 @@ class Summary:
 
     def _growth(self) -> Iterable[Ratio]:
         """Yields the time of a pair and dimension for every dim that was measured at several sizes."""
-        costs: dict[int, list[tuple[int, float]]] = {}
+        for row in (SEARCH, EQUAL_LISTS):
+            for method in (KITH, KITH_HALF):
+                yield from self._growth_of(row, method)
+
+    def _growth_of(self, row: str, method: str) -> Iterable[Ratio]:
+        costs: dict[int, list[tuple[int, float, str]]] = {}
         for name in self.sets:
-            runs = [run for run in self._of(name, SEARCH) if run.method == KITH and run.pairs]
+            runs = [run for run in self._of(name, row) if run.method == method and run.pairs]
             if runs and ", " not in name:  # Neither real sets nor those with identical rows.
-                products = statistics.median(run.pairs or 1 for run in runs) * runs[0].dim
-                cost = statistics.median(run.seconds for run in runs) / products
-                costs.setdefault(runs[0].dim, []).append((runs[0].rows, cost))
+                pairs = statistics.median(run.pairs or 1 for run in runs)
+                cost = statistics.median(run.seconds for run in runs) / (pairs * runs[0].dim)
+                note = f"{pairs / runs[0].rows:,.0f} pairs a query; {runs[-1].note}"
+                costs.setdefault(runs[0].dim, []).append((runs[0].rows, cost, note))
+        kind = f"{row.removeprefix(SEARCH)}{method.removeprefix(KITH)}"
         for dim, measured in costs.items():
-            for rows, cost in sorted(measured):
+            for rows, cost, note in sorted(measured):
                 if len(measured) > 1:
-                    yield Ratio(f"ps a pair and dimension, {rows:,} x {dim}", cost * 1e12)
+                    yield Ratio(f"ps a pair and dimension{kind}, {rows:,} x {dim}", cost * 1e12, note)
             if len(measured) > 1:
-                most, least = (choose(cost for _, cost in measured) for choose in (max, min))
-                yield Ratio(f"ps a pair and dimension, most / least, dim {dim}", most / least)
+                most, least = (choose(cost for _, cost, _ in measured) for choose in (max, min))
+                yield Ratio(f"ps a pair and dimension{kind}, most / least, dim {dim}", most / least)
 
 
 def _finished(runs: list[Run]) -> list[Run]:

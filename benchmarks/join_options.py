@@ -10,6 +10,17 @@ SAMPLE = "sample"
 SIZES = ("200000x256", "200000x1280", "1000000x256", SAMPLE)
 GROWTH_SIZES = ("50000x256", "200000x256", "1000000x256")
 MEMORY_SIZES = ("100000x256", "400000x256")
+GRID_SIZES = (
+    "5000x64",
+    "20000x64",
+    "20000x256",
+    "50000x256",
+    "200000x256",
+    "200000x1280",
+    "1000000x256",
+)
+# Recall that the methods of the grid are built for.
+GOALS = (0.9, 0.99)
 # Sets of more rows are measured with one seed, and short turns once.
 LARGE_ROWS = 500_000
 SEARCH_SECONDS, PEER_SECONDS = 30.0, 600.0
@@ -17,7 +28,8 @@ PARTS = {
     "search": "the search alone, by Kith and FAISS, and its limit",
     "vectors": "from vectors to neighbours, by Kith and FAISS",
     "beam": "kith join beside the bare library call",
-    "growth": "the time of a pair at several sizes",
+    "growth": "the time of a pair at several sizes, with lists of growing and of equal length",
+    "methods": "exact, list-major and compressed search at equal recall, and which one auto picks",
     "identical": "a set with identical vectors beside one without",
     "memory": "the memory of a join task at several sizes",
     "peers": "peers with environments of their own, both rows; they come last",
@@ -61,6 +73,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(
                 f"got {wrong[0]!r}, wanted some of {','.join(PARTS)}, or none"
             )
+        return chosen
+
+    def goals(text: str) -> tuple[float, ...]:
+        chosen = tuple(float(part) for part in text.split(","))
+        for goal in chosen:
+            if not 0 < goal < 1:
+                raise argparse.ArgumentTypeError(
+                    f"got {goal:g}, wanted recalls between 0 and 1, such as 0.9,0.99"
+                )
         return chosen
 
     def seeds(text: str) -> tuple[int, ...]:
@@ -109,7 +130,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         default=SEARCH_SECONDS,
         metavar="SEC",
-        help="a longer search of a peer is measured on a sample of the queries, and multiplied",
+        help="a longer search of a peer, or an exact one of the part methods, is measured on a sample "
+        "of the queries, and multiplied",
     )
     parser.add_argument(
         "--peer-seconds",
@@ -128,6 +150,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--growth", type=sizes, default=GROWTH_SIZES, metavar="NxD,...",
                         help=f"sets of that part; default {','.join(GROWTH_SIZES)}")  # fmt: skip
+    parser.add_argument("--grid", type=sizes, default=GRID_SIZES, metavar="NxD,...",
+                        help=f"sets of the part methods; default {','.join(GRID_SIZES)}")  # fmt: skip
+    parser.add_argument(
+        "--goals",
+        type=goals,
+        default=GOALS,
+        metavar="R,...",
+        help=f"recalls of that part; default {','.join(f'{goal:g}' for goal in GOALS)}",
+    )
     parser.add_argument(
         "--memory",
         type=sizes,
@@ -146,6 +177,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.k < 1 or options.nprobe < 1:
         parser.error("--rounds, --k and --nprobe must be at least 1")
-    if SAMPLE in (*options.growth, *options.memory):
-        parser.error(f"--growth and --memory take sizes, not {SAMPLE}")
+    if SAMPLE in (*options.grid, *options.growth, *options.memory):
+        parser.error(f"--grid, --growth and --memory take sizes, not {SAMPLE}")
     return options

@@ -54,28 +54,42 @@ class Sets:
         found = run_kith("embed", [], settings, self._folder / "sample")
         return str(found.result["embeddings"])
 
-    def catalogue(self, about: dict[str, Any], seed: int, shards: int | None = None) -> Catalogue:
+    def catalogue(
+        self, about: dict[str, Any], seed: int, shards: int | None = None, nlist: int | None = None
+    ) -> Catalogue:
         """Builds Kith's index of a set by `kith build`, and one of a few rows of the same dim.
 
-        `about` is what `vectors` returned.
+        `about` is what `vectors` returned; `nlist` is `lists_of` its rows unless it is given.
         """
-        nlist = lists_of(about["rows"])
-        index = self._build(about, nlist, min(self._nprobe, nlist), seed, shards)
+        nlist = lists_of(about["rows"]) if nlist is None else nlist
+        settings = {"nlist": nlist, "nprobe": min(self._nprobe, nlist), "seed": seed}
+        if shards is not None:
+            settings["shards"] = shards
+        index = self.build(about, settings)
         centroids = str(self._folder / "indexes" / f"{Path(index).name}.npy")
         command = [sys.executable, "-m", "benchmarks.join_parts", "export-centroids"]
         exported = run_for_json([*command, "--index", index, "--out", centroids], TIMEOUT_SEC)
         # Training may have dropped centroids that were equal.
         nlist = int(exported["nlist"])
-        tiny = self._build(self.vectors(f"{TINY_ROWS}x{about['dim']}", 0), 4, 4, 0, None)
+        tiny = self.tiny(about["dim"])
         return Catalogue(about, seed, nlist, min(self._nprobe, nlist), index, centroids, tiny)
 
-    def _build(
-        self, about: dict[str, Any], nlist: int, nprobe: int, seed: int, shards: int | None
+    def tiny(self, dim: int, **settings: Any) -> str:
+        """Builds an index of a few rows, which loads what a search needs; `settings` of `index`."""
+        about = self.vectors(f"{TINY_ROWS}x{dim}", 0)
+        return self.build(about, {"nlist": 4, "nprobe": 4, "seed": 0, **settings})
+
+    def build(
+        self, about: dict[str, Any], settings: dict[str, Any], k: int = 20, min_recall: float = 0.0
     ) -> str:
-        settings = {"index": {"nlist": nlist, "nprobe": nprobe, "seed": seed}}
-        if shards is not None:
-            settings["index"]["shards"] = shards
+        """Builds an index by `kith build` with `settings` of `index`; returns its folder.
+
+        What they leave open Kith chooses for `k` neighbours and that recall (0: none is promised).
+        """
         source = os.path.join(about["folder"], "embeddings")
-        self._say(f"{about['name']}, seed {seed}: kith build, {nlist} lists, kept or made now")
-        found = run_kith("build", ["--embeddings", source], settings, self._folder / "indexes")
+        told = ", ".join(f"{key} {value}" for key, value in settings.items())
+        told += f", recall {min_recall:g}" * bool(min_recall)
+        self._say(f"{about['name']}: kith build, {told}: kept or made now")
+        config = {"index": settings, "join": {"k": k}, "evaluate": {"min_recall": min_recall}}
+        found = run_kith("build", ["--embeddings", source], config, self._folder / "indexes")
         return str(found.result["index"])

@@ -30,16 +30,30 @@ from benchmarks import (
 from benchmarks.bfloat16_product import BFloat16Product
 from benchmarks.embed import Compared, Ratio, chosen_shards, run_command, serial_limit
 from benchmarks.embed_parts import write_config
-from benchmarks.join_figures import COMMAND, KITH, LIBRARY, SEARCH, WHOLE, Product, Run, Summary
+from benchmarks.join_figures import (
+    COMMAND,
+    EQUAL_LISTS,
+    KITH,
+    KITH_HALF,
+    LIBRARY,
+    SEARCH,
+    WHOLE,
+    Product,
+    Run,
+    Summary,
+)
 from benchmarks.join_log import Log
+from benchmarks.join_methods import judge_pick
 from benchmarks.join_runs import JOIN_PEERS, lists_of
 from benchmarks.peer_runs import PEERS, Peer, SkippedError, StoppedError
 from benchmarks.peers import faiss_join, neighbors
 from benchmarks.peers.records import find_records, parse_example, read_record
 from index_builder import library
 from index_builder.errors import ConfigError
-from index_builder.index.spec import IndexSpec
+from index_builder.index.shards import open_index
+from index_builder.index.spec import Encoding, IndexSpec
 from index_builder.search.join import JoinSpec
+from pipelines.config import Config
 from transforms.encoders import efficientnet_lite0
 
 ROOT = Path(__file__).parents[2]
@@ -519,6 +533,54 @@ def test_kith_and_faiss_find_the_same_over_the_same_lists(
         assert faiss["pairs"] == pytest.approx(kith["pairs"], rel=0.001)
 
 
+def test_methods_are_made_ready_for_a_recall(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", str(made), "--target", "0.9"]
+    source, plain = str(made / "embeddings"), str(tmp_path / "plain")
+    library.build(source, plain, IndexSpec(nlist=32, nprobe=4))
+    about = run_part("describe", capsys, "--index", plain)
+    assert (about["method"], about["nlist"], about["nprobe"]) == ("list_major", 32, 4)
+    nprobes = run_part("calibrate", capsys, *given, "--index", plain)["nprobes"]
+    assert 1 < nprobes["list_major"] < nprobes["compressed"] < 32
+    request = IndexSpec(nlist=32, nprobe=nprobes["compressed"], encoding=Encoding.COMPRESSED)
+    coded = library.build(source, str(tmp_path / "coded"), request)
+    refine = run_part("refine", capsys, *given, "--index", coded)["refine"]
+    assert refine in join_parts.REFINES
+    found = run_part("search", capsys, *given, "--index", coded, "--warm", coded,
+                     "--refine", str(refine))  # fmt: skip
+    assert found["recall"] >= 0.9
+    assert found["note"] == f"{nprobes['compressed']} of 32 lists, 1 shards, codes, refine {refine}"
+    # Fewer proposals find less: the refine that is asked for is that of the search.
+    spec = JoinSpec(5, threads=2)
+    few = join_parts.origin_rows(open_index(coded), join_parts.search_index(coded, spec, 1))
+    reached = neighbors.recall(made, few, 5)
+    assert reached is not None
+    assert reached < found["recall"]
+
+
+def test_a_sample_of_the_queries_finds_what_all_of_them_do(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = library.build(
+        str(made / "embeddings"), str(tmp_path / "index"), IndexSpec(nlist=32, nprobe=4, shards=3)
+    )
+    index, spec = open_index(folder), JoinSpec(5, threads=2)
+    every = join_parts.origin_rows(index, join_parts.search_index(folder, spec))
+    rows, origin = np.arange(3, 2_000, 7), join_parts.origin_of(index)
+    assert (join_parts.search_rows(index, spec, rows, origin) == every[rows]).all()
+    given = ["--data", str(made), "--index", folder, "--warm", folder]
+    whole = run_part("search", capsys, *given)
+    sample = run_part("sampled-search", capsys, *given, "--search-seconds", "1e-9")
+    # The rows whose neighbours are known are searched for in any case.
+    assert sample["note"].endswith("1,000 queries, multiplied")
+    assert (sample["recall"], sample["pairs"]) == (whole["recall"], whole["pairs"])
+
+
+def test_calibration_is_as_sure_as_a_build_is() -> None:
+    assert Config(workspace="any").evaluate.max_attempts == join_parts.PROMISE_ATTEMPTS
+
+
 def bfloat16_product() -> BFloat16Product | None:
     """Returns the product, or none, which is the default, where the CPU has no bfloat16."""
     try:
@@ -572,6 +634,40 @@ def test_the_growth_is_that_of_a_pair_and_dimension() -> None:
     ]
     assert ratios["ps a pair and dimension, 9 x 4"] == pytest.approx(4.0 / 50 / 4 * 1e12)
     assert ratios["ps a pair and dimension, most / least, dim 4"] == pytest.approx(1.25)
+    # Equal lists and the other product stand by themselves, with what a query scores in words.
+    equal = [
+        dataclasses.replace(
+            run, row=EQUAL_LISTS, method=KITH_HALF, seconds=run.seconds / 2, note="1 list"
+        )
+        for run in (small, dataclasses.replace(large, pairs=450))
+    ]
+    found = {ratio.name: ratio for ratio in Summary([large, small, *equal], []).ratios()}
+    kind = "ps a pair and dimension, equal lists, bfloat16"
+    assert found[f"{kind}, 90 x 4"].value == pytest.approx(25.0 / 450 / 4 * 1e12)
+    assert found[f"{kind}, 90 x 4"].note == "5 pairs a query; 1 list"
+    assert found["ps a pair and dimension, most / least, dim 4"].value == pytest.approx(1.25)
+
+
+def test_the_pick_is_held_against_the_fastest_that_reaches_the_recall() -> None:
+    runs = {
+        "exact": [a_run("recall 0.9", "exact", seconds, recall=1.0) for seconds in (6.0, 4.0, 9.0)],
+        "list_major": [a_run("recall 0.9", "list_major", 3.0, recall=0.91)],
+        "compressed": [a_run("recall 0.9", "compressed", 1.0, recall=0.89)],
+    }
+    ratio, note = judge_pick("exact", runs, 0.9)
+    assert ratio == pytest.approx(4 / 3)  # The fastest run of each.
+    assert note == (
+        "auto picks exact, best is list_major: exact 4.00 s at 1.0000; list_major 3.00 s at 0.9100; "
+        "compressed 1.00 s at 0.8900, too low"
+    )
+    # What auto picked counts whatever it reached, so it is never better than itself.
+    assert judge_pick("compressed", runs, 0.9)[0] == 1.0
+    summary = Summary([run for each in runs.values() for run in each], [])
+    assert {figure.name: figure.seconds for figure in summary.figures()} == {
+        "recall 0.9: exact": 6.0,
+        "recall 0.9: list_major": 3.0,
+        "recall 0.9: compressed": 1.0,
+    }
 
 
 def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
@@ -610,8 +706,9 @@ def test_kept_runs_are_shown_without_measuring(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "search,all"], "got 'all', wanted some of search,vectors,beam,growth,identical"),
-        (["--memory", "sample"], "--growth and --memory take sizes, not sample"),
+        (["--only", "search,all"], "got 'all', wanted some of search,vectors,beam,growth,methods,"),
+        (["--memory", "sample"], "--grid, --growth and --memory take sizes, not sample"),
+        (["--goals", "0.9,1"], "got 1, wanted recalls between 0 and 1, such as 0.9,0.99"),
         (["--sizes", "200000"], "got '200000', wanted sizes such as 200000x256, or sample"),
         (["--peers", "annoy"], "got 'annoy', wanted some of ivf,batch,knn,autofaiss,hnswlib,scann"),
         (["--rounds", "0"], "--rounds, --k and --nprobe must be at least 1"),
