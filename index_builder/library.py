@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from index_builder.datasets import embeddings, manifests
+from index_builder.datasets.in_order import cores, map_in_order
 from index_builder.datasets.suspects import drop_suspects
 from index_builder.datasets.unique_ids import check_unique_ids
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
@@ -85,7 +86,8 @@ def build(
     """
     source = _load_embeddings(embeddings_folder)
     resolved = spec.resolve(source.rows, embeddings.load_dim(source), goal)
-    plan.check_memory(resolved, plan.describe_source(embeddings_folder, source))
+    described = plan.describe_source(embeddings_folder, source)
+    plan.check_memory(resolved, described)
     calibration = None
     if goal.min_recall and spec.nprobe is None and resolved.nprobe < resolved.nlist:
         files = None if exclusions is None else find_exclusions(exclusions)
@@ -99,10 +101,19 @@ def build(
     )
     trained = load_trained(building.train(graph))
     nprobe_choice.calibrate(graph, trained)
-    sizes = [building.assign(graph, number, trained) for number in range(len(source.parts))]
-    list_sizes = np.sum(sizes, axis=0, dtype=np.int64)
+    nprobe_choice.check_memory(graph, trained.nlist)
+    resolved = nprobe_choice.settled_spec(graph, trained.nlist)
+    # Memory stays within the limit: every thread takes what one task of a pipeline would.
+    memory, limit = plan.build_memory(resolved, described), resolved.goal.memory_limit_bytes
+    numbers = range(len(source.parts))
+    threads = min(cores(), limit // memory["assign"])
+    sizes = map_in_order(lambda number: building.assign(graph, number, trained), numbers, threads)
+    list_sizes = np.sum(list(sizes), axis=0, dtype=np.int64)
     layout = building.plan(graph, list_sizes)
-    built = [building.build(graph, shard, trained) for shard in range(layout.shards)]
+    threads = min(cores(), limit // memory["build shards"])
+    built = list(
+        map_in_order(lambda shard: building.build(graph, shard, trained), range(layout.shards), threads)
+    )
     index_manifest.describe_shared(list_sizes, graph, built)
     manifests.commit(index_folder, index_manifest.index_manifest(graph, source))
     return index_folder

@@ -1,6 +1,7 @@
 """The build stage: an embeddings dataset to an index."""
 
 import dataclasses
+import functools
 
 import apache_beam as beam
 
@@ -11,13 +12,15 @@ from index_builder.errors import DatasetError, KithError
 from index_builder.index import shards
 from index_builder.index.sharding import IndexLayout
 from index_builder.index.spec import ResolvedSpec
+from index_builder.index.training import load_trained
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.recall import raised_nprobe
 from index_builder.rules.exclusions import find_exclusions
 from index_builder.steps import build_spec, index_manifest, plan
 from index_builder.steps.build_spec import Retry
-from index_builder.steps.host_speed import measure_host
+from index_builder.steps.host_speed import HostSpeed, measure_host
 from index_builder.steps.merging import merge_shards
+from index_builder.steps.nprobe_choice import settled_spec
 from pipelines.config import Config
 from pipelines.forecast import Forecast
 from pipelines.runners import run_pipeline
@@ -71,7 +74,9 @@ def build_index(
         )
     spec = config.index_spec().resolve(source.rows, embeddings.load_dim(source), config.goal())
     described = plan.describe_source(embeddings_folder, source)
-    plan.check_memory(spec, described)
+    searched = spec if retry is None else spec.settled(retry.nprobe, retry.refine)
+    chosen = "" if retry is None else f" of attempt {retry.attempt}"
+    plan.check_memory(searched, described, chosen)
     table = open_metadata(config)
     if table is not None:
         check_collisions(table.spec, [field["name"] for field in source.schema])
@@ -85,16 +90,25 @@ def build_index(
     # A retry takes over what was chosen before.
     queries = 0 if calibration is None or retry is not None else calibration.most_queries(source.rows)
 
+    @functools.cache
+    def speed() -> HostSpeed:
+        return measure_host(spec.rows, spec.dim, spec.nlist, spec.nprobe, spec.goal.k, folder)
+
+    def settled_forecast(_: Forecast) -> Forecast:
+        settled = settled_spec(graph, load_trained(graph.trained_path).nlist)
+        return predict_build(settled, described, speed(), queries)
+
     def prepare() -> None:
         check_ids(session, folder, embeddings_folder, failures_folder)
 
     return run_stage(
         StageTask(
-            "build", shards.KIND, folder, identity, spec.shards, "vectors",
+            "build", shards.KIND, folder, identity, searched.shards, "vectors",
             lambda root: define_pipeline(root, graph),
             lambda: index_manifest.index_manifest(graph, source),
             prepare,
-            lambda: predict_build(spec, described, folder, queries),
+            lambda: predict_build(searched, described, speed(), queries),
+            settled_forecast,
         ),
         session,
     )  # fmt: skip
@@ -108,13 +122,12 @@ def merge_index(session: Session, index_folder: str, path: str) -> dict[str, obj
 
 
 def predict_build(
-    spec: ResolvedSpec, source: plan.Source, folder: str, calibrated_on: int = 0
+    spec: ResolvedSpec, source: plan.Source, speed: HostSpeed, calibrated_on: int = 0
 ) -> Forecast:
-    """Predicts a build after a short look at this host, which writes a small file into `folder`.
+    """Predicts a build on a host of such a speed.
 
     Where nprobe is chosen first, it is on `calibrated_on` queries.
     """
-    speed = measure_host(spec.rows, spec.dim, spec.nlist, spec.nprobe, spec.goal.k, folder)
     predicted = plan.plan_build(spec, source, speed, calibrated_on)
     return Forecast(predicted.memory_bytes, predicted.seconds)
 

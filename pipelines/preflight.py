@@ -74,7 +74,8 @@ def require_sources(config: Config) -> None:
     if not config.images.sources:
         raise ConfigError(
             "images.sources: missing. Embedding needs at least one source of images; "
-            "configs/local.yaml of the repository shows two."
+            "configs/local.yaml of the repository shows two. Of datasets that were made elsewhere name "
+            "the folders: --embeddings, --index, --neighbors."
         )
 
 

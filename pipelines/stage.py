@@ -82,7 +82,7 @@ class StageTask:
     `prepare` runs before the pipeline (checks, reused parts), `define` builds its graph, `finish`
     reads the markers and returns the manifest. `parts` and `unit` are for the progress display.
     `forecast` predicts what a whole run of the stage takes, on workers in this process, or returns
-    None where it cannot.
+    None where it cannot; `settled` predicts it again once the work is done, with what the work chose.
     """
 
     name: str
@@ -95,6 +95,7 @@ class StageTask:
     finish: Callable[[], Manifest]
     prepare: Callable[[], None] = lambda: None
     forecast: Callable[[], Forecast | None] | None = None
+    settled: Callable[[Forecast], Forecast] = lambda forecast: forecast
 
 
 def run_stage(task: StageTask, session: Session) -> Dataset:
@@ -119,6 +120,7 @@ def run_stage(task: StageTask, session: Session) -> Dataset:
     with watch_stage(task.name, task.folder, task.parts, task.unit, session.console):
         counters = run_pipeline(task.define, session.runner)
     manifest = task.finish()
+    forecast = None if forecast is None else task.settled(forecast)
     manifests.commit(task.folder, manifest)
     state = RESUMED if resumed else MADE
     seconds = time.monotonic() - start

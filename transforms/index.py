@@ -164,11 +164,12 @@ class _ChooseNprobe(_WithTrained):
     def process(
         self, trained_path: str, queries: Iterable[pa.Table], found: Iterable[pa.Table]
     ) -> Iterator[str]:
-        """Passes the path on once nprobe is settled."""
+        """Passes the path on once nprobe is settled and fits into memory."""
+        trained = self.trained()
         if nprobe_choice.calibrates(self._spec):
-            trained = self.trained()
             with timed(STAGE):
                 nprobe_choice.choose_nprobe(self._spec, one_table(queries), one_table(found), trained)
+        nprobe_choice.check_memory(self._spec, trained.nlist)
         yield trained_path
 
 

@@ -185,6 +185,24 @@ def read_part(
             yield table
 
 
+def read_metadata(folder: str, part: manifests.Part) -> pq.FileMetaData:
+    """Returns what a part's file says of itself."""
+    with storage.open_arrow(storage.join(folder, part.file(".parquet").path)) as file:
+        return pq.read_metadata(file)
+
+
+def read_row_group(
+    folder: str,
+    part: manifests.Part,
+    metadata: pq.FileMetaData,
+    group: int,
+    columns: Sequence[str],
+) -> pa.Table:
+    """Reads columns of one row group of a part, for callers that read several at the same time."""
+    with storage.open_arrow(storage.join(folder, part.file(".parquet").path)) as file:
+        return pq.ParquetFile(file, metadata=metadata).read_row_group(group, columns=columns)
+
+
 def read_rows(
     folder: str, part: manifests.Part, rows: NDArray[np.int64], columns: Sequence[str]
 ) -> pa.Table:

@@ -4,15 +4,18 @@ Rows that recall may be measured on are set apart by a hash of their ids, so tra
 agree without telling each other, whatever the order of the rows.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numba import njit, uint64
 from numpy.typing import NDArray
 
 from index_builder.datasets import embeddings
+from index_builder.datasets.in_order import map_in_order, readers
 from index_builder.datasets.manifests import Part
 
 # About so many rows are set apart for evaluation, at most half of the rows. They serve calibration,
@@ -78,19 +81,63 @@ def read_sample(folder: str, parts: Sequence[Part], sample: int, seed: int) -> N
 
     The vectors have the type of the dataset, float16 or float32. `sample` rows are drawn, every row
     of every part with the same chance, and those that evaluation may draw are left out. Only row
-    groups that hold a chosen row are read.
+    groups that hold a chosen row are read, several at the same time.
+
+    Memory: the sample, and a row group for each thread.
     """
-    starts = np.cumsum([0] + [part.rows for part in parts])
-    total = int(starts[-1])
-    chosen = sample_rows(total, sample, seed)
-    columns = ["vector"] if evaluation_overlaps_training(total) else ["vector", "image_id"]
-    blocks = []
-    for part, start, stop in zip(parts, starts[:-1], starts[1:], strict=True):
-        rows = chosen[(chosen >= start) & (chosen < stop)] - start
-        if len(rows):
-            table = embeddings.read_rows(folder, part, rows, columns)
-            if len(columns) > 1:
-                set_apart = evaluation_mask(table["image_id"], total, seed)
-                table = table.filter(pa.array(~set_apart))
-            blocks.append(embeddings.list_matrix(table["vector"]))
-    return np.concatenate(blocks)
+    total = sum(part.rows for part in parts)
+    groups = _chosen_groups(folder, parts, sample_rows(total, sample, seed))
+    if not evaluation_overlaps_training(total):
+
+        def left(group: _ChosenGroup) -> _ChosenGroup:
+            ids = group.read(folder, "image_id").take(pa.array(group.rows))
+            kept = ~evaluation_mask(ids, total, seed)
+            return dataclasses.replace(group, rows=group.rows[kept])
+
+        groups = list(map_in_order(left, groups, readers()))
+    kind = embeddings.read_metadata(folder, parts[0]).schema.to_arrow_schema().field("vector").type
+    stops = np.cumsum([len(group.rows) for group in groups], dtype=np.int64)
+    number_type = np.float16 if kind.value_type == pa.float16() else np.float32
+    vectors = np.empty((int(stops[-1]), kind.list_size), dtype=number_type)
+
+    def fill(number: int) -> None:
+        group, stop = groups[number], stops[number]
+        found = embeddings.list_matrix(group.read(folder, "vector"))
+        vectors[stop - len(group.rows) : stop] = found[group.rows]
+
+    for _ in map_in_order(fill, range(len(groups)), readers()):
+        pass
+    return vectors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ChosenGroup:
+    """A row group of which some rows are wanted, int64, counted from its first."""
+
+    part: Part
+    metadata: pq.FileMetaData
+    number: int
+    rows: NDArray[np.int64]
+
+    def read(self, folder: str, column: str) -> pa.ChunkedArray:
+        """Reads one column of the whole group."""
+        group = embeddings.read_row_group(folder, self.part, self.metadata, self.number, [column])
+        return group[column]
+
+
+def _chosen_groups(folder: str, parts: Sequence[Part], chosen: NDArray[np.int64]) -> list[_ChosenGroup]:
+    """Returns the row groups that hold a chosen row, in order, of all rows of all parts."""
+    groups, start = [], 0
+    for part in parts:
+        wanted = chosen[(chosen >= start) & (chosen < start + part.rows)] - start
+        start += part.rows
+        if not len(wanted):
+            continue
+        metadata, first = embeddings.read_metadata(folder, part), 0
+        for number in range(metadata.num_row_groups):
+            last = first + metadata.row_group(number).num_rows
+            rows = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, last)] - first
+            if len(rows):
+                groups.append(_ChosenGroup(part, metadata, number, rows))
+            first = last
+    return groups

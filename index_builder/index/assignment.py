@@ -1,5 +1,7 @@
 """Assigning vectors to inverted lists: which centroids are nearest, exactly and repeatably."""
 
+import os
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -9,13 +11,17 @@ from index_builder.rules.rules import CandidateCodes, QueryCodes
 from index_builder.scoring.blocks import Block, IdColumn, PreparedCandidates, PreparedQueries
 from index_builder.scoring.list_scan import list_scan
 from index_builder.scoring.metrics import Metric
-from index_builder.scoring.products import Product
+from index_builder.scoring.products import Product, fastest_product, timed_products
 from index_builder.scoring.topk import TopK
 from index_builder.scoring.vectors import squared_norms
 
 # Where more than this share of the lists is asked for, they are sorted rather than selected.
 _SORTED_SHARE = 0.25
 _SORTED_NUMBERS = 1 << 22
+# Vectors on which a product that rounds is tried, and the share of pairs scored exactly above which
+# one in float32 is faster: scoring a pair takes about as long as 20 of its products.
+_TRIED_ROWS = 2048
+_WORTH_SCORING = 0.04
 
 
 def nearest_lists(
@@ -108,14 +114,67 @@ def _all_compared(
     ranked_by = Metric.EUCLIDEAN if metric is Metric.EUCLIDEAN else Metric.INNER_PRODUCT
     if nprobe > max(16, _SORTED_SHARE * len(centroids)):
         return _sorted_lists(vectors, centroids, nprobe, ranked_by)
-    queries = PreparedQueries.of(Block(vectors, squared_norms(vectors), QueryCodes.none(len(vectors))))
+    queries = _as_queries(vectors, squared_norms(vectors))
+    return _select(queries, centroids, nprobe, ranked_by, threads, product).rows.astype(np.int32)
+
+
+def _as_queries(vectors: NDArray[np.float16], norms: NDArray[np.float64]) -> PreparedQueries:
+    return PreparedQueries.of(Block(vectors, norms, QueryCodes.none(len(vectors))))
+
+
+def _select(
+    queries: PreparedQueries,
+    centroids: NDArray[np.float16],
+    nprobe: int,
+    metric: Metric,
+    threads: int | None,
+    product: Product | None,
+) -> TopK:
     block = Block(centroids, squared_norms(centroids), CandidateCodes.none(len(centroids)))
     candidates = PreparedCandidates.of(block, IdColumn.numbers(len(centroids)), first_row=0)
-    top = TopK(len(vectors), nprobe, id_bytes=4, metric=ranked_by)
-    probes = np.zeros((len(vectors), 1), dtype=np.int32)
+    count = len(queries.vectors)
+    top = TopK(count, nprobe, id_bytes=4, metric=metric)
+    probes = np.zeros((count, 1), dtype=np.int32)
     with list_scan(top, queries, probes, threads, product) as scan:
         scan.run(range(1), lambda _: candidates)
-    return top.rows.astype(np.int32)
+    return top
+
+
+class NearestCentroids:
+    """Vectors that are compared with all of one set of centroids after another, as k-means does.
+
+    `threads` and `product` are as `list_scan` takes them. Without a product it is the fastest one,
+    unless its error lets so many pairs through that one in float32 is faster; the result is the same.
+    """
+
+    def __init__(
+        self,
+        vectors: NDArray[np.float16],
+        metric: Metric,
+        threads: int | None = None,
+        product: Product | None = None,
+    ) -> None:
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.squared_norms = squared_norms(vectors)
+        self._metric = Metric.EUCLIDEAN if metric is Metric.EUCLIDEAN else Metric.INNER_PRODUCT
+        self._queries = _as_queries(vectors, self.squared_norms)
+        # Vectors may come in any order: those that are looked at first are from all over.
+        tried = np.linspace(0, len(vectors) - 1, min(_TRIED_ROWS, len(vectors))).astype(np.int64)
+        self._tried = _as_queries(vectors[tried], self.squared_norms[tried])
+        self._product = product
+
+    def find(self, centroids: NDArray[np.float16]) -> NDArray[np.int64]:
+        """Returns the number of each vector's nearest centroid, int64 [n]; the lower one of two."""
+        product = self._product or self._choose(centroids)
+        top = _select(self._queries, centroids, 1, self._metric, self.threads, product)
+        return top.rows[:, 0]
+
+    def _choose(self, centroids: NDArray[np.float16]) -> Product:
+        fast = fastest_product()
+        if fast.unit_roundoff == 0:
+            return fast
+        top = _select(self._tried, centroids, 1, self._metric, self.threads, fast)
+        return fast if top.rescored <= _WORTH_SCORING * top.proposed else timed_products()[0].product
 
 
 def _sorted_lists(

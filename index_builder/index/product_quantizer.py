@@ -7,6 +7,7 @@ training is exact in float64 and in whole numbers, so codes and tables are the s
 """
 
 import dataclasses
+from typing import Any
 
 import faiss
 import numpy as np
@@ -96,7 +97,7 @@ class Codebooks:
         return padded
 
 
-def train_codebooks(vectors: NDArray[np.float32], seed: int) -> Codebooks:
+def train_codebooks(vectors: NDArray[np.floating[Any]], seed: int) -> Codebooks:
     """Learns the codewords of vectors [n, dim] by FAISS's k-means, seeded, and rounds them."""
     dim, rng = vectors.shape[1], np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(vectors))[:_TRAINING_ROWS])

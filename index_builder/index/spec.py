@@ -6,7 +6,14 @@ import math
 from typing import Any
 
 from index_builder.errors import ConfigError
-from index_builder.index.method_cost import LEAST_GAIN, codes_cost, probed_rows, vectors_cost
+from index_builder.index.method_cost import (
+    LEAST_GAIN,
+    LEAST_GAIN_OF_LISTS,
+    Night,
+    codes_cost,
+    probed_rows,
+    vectors_cost,
+)
 from index_builder.index.product_quantizer import code_bytes
 from index_builder.index.proposals import room
 from index_builder.scoring.metrics import Metric
@@ -16,6 +23,8 @@ from index_builder.scoring.products import multiplies_bfloat16
 # takes 256 at most. With 128 and 256 recall was the same within its error (200,000 x 256, 1,024 lists).
 MIN_POINTS_PER_CENTROID = 39
 MAX_POINTS_PER_CENTROID = 128
+# What k-means keeps of a row beside its vector: norms, the nearest centroid, the order of clusters.
+_KMEANS_ROW_BYTES = 120
 
 # An index shard is about this large (or less, where memory is short), a tenth of it a unit of work.
 _SHARD_BYTES = 256 << 20
@@ -33,15 +42,28 @@ DEFAULT_REFINE = 10
 _MOST_RECALL_BY_CODES = 0.97
 _LEAST_DIM_OF_CODES = 128
 
-# Up to this many vectors every list is searched: the products of all pairs cost about what training,
-# assigning and probing would.
-_EXACT_ROWS = 20_000
+# Where every list is searched there are so many at most.
 _EXACT_LISTS = 64
 # nprobe before calibration, in square roots of nlist, by the recall that is asked for.
 _NPROBE_FACTORS = ((0.9, 2.0), (0.97, 4.0), (0.99, 6.0), (1.0, 8.0))
 _UNSTATED_NPROBE_FACTOR = 4.0
+# The share of that which calibration chooses: a tenth to a half was measured on made sets.
+_CALIBRATED_SHARE = 0.25
 # The probed lists hold at least this many rows for each neighbour wanted.
 _PROBED_ROWS_PER_NEIGHBOR = 10
+
+
+_TRANSFORMS = ("none", "pca")
+
+
+def _require_least(spec: Any, name: str, least: int) -> None:
+    """Raises ValueError when a number of a spec is given and below the least that makes sense."""
+    got = getattr(spec, name)
+    if got is not None and got < least:
+        raise ValueError(
+            f"{type(spec).__name__}.{name} is {got}, wanted at least {least}. Raise it, or leave it "
+            "out."
+        )
 
 
 class Method(enum.StrEnum):
@@ -69,12 +91,20 @@ class Goal:
     """What the choices aim at.
 
     k neighbours with a recall of at least `min_recall` (0: not stated), made by tasks that take at
-    most `memory_limit_bytes` each.
+    most `memory_limit_bytes` each. Raises ValueError.
     """
 
     k: int = 20
     min_recall: float = 0.0
     memory_limit_bytes: int = 8 << 30
+
+    def __post_init__(self) -> None:
+        _require_least(self, "k", 1)
+        _require_least(self, "memory_limit_bytes", 1)
+        if not 0 <= self.min_recall <= 1:
+            raise ValueError(
+                f"Goal.min_recall is {self.min_recall}, wanted 0 to 1. Give a share, such as 0.95."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +112,21 @@ class TransformSpec:
     """The index's linear transform: `none`, or `pca` to `dim` dimensions.
 
     `eigen_power` scales each component by its eigenvalue to that power before normalising, in the
-    terms of FAISS's PCAMatrix: 0 keeps the plain PCA, -0.25 whitens by half, -0.5 in full.
+    terms of FAISS's PCAMatrix: 0 keeps the plain PCA, -0.25 whitens by half, -0.5 in full. Raises
+    ValueError.
     """
 
     kind: str = "none"
     dim: int = 256
     eigen_power: float = -0.25
+
+    def __post_init__(self) -> None:
+        _require_least(self, "dim", 1)
+        if self.kind not in _TRANSFORMS:
+            raise ValueError(
+                f"TransformSpec.kind is {self.kind!r}, wanted one of {', '.join(_TRANSFORMS)}. Correct "
+                "it."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +135,7 @@ class IndexSpec:
 
     `nlist` inverted lists, `nprobe` of them searched for a query, `shards` index shards, trained on
     a random sample of at most `training_rows` vectors, all randomness from `seed`. Where `encoding` is
-    compressed, `refine` rows are scored for each neighbour that is wanted.
+    compressed, `refine` rows are scored for each neighbour that is wanted. Raises ValueError.
     """
 
     metric: Metric = Metric.COSINE
@@ -109,19 +148,30 @@ class IndexSpec:
     encoding: Encoding | None = None
     refine: int = DEFAULT_REFINE
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):
+            raise ValueError(
+                f"IndexSpec.metric is {self.metric!r}, wanted a Metric. Give Metric({self.metric!r})."
+            )
+        for name in ("nlist", "nprobe", "shards", "training_rows"):
+            _require_least(self, name, 1)
+        _require_least(self, "seed", 0)
+
     def resolve(self, rows: int, encoder_dim: int, goal: Goal | None = None) -> "ResolvedSpec":
         """Chooses what was left open for a catalogue of `rows` vectors of `encoder_dim` numbers.
 
-        - Method: exact up to 20,000 vectors, else list-major; a given nlist or nprobe decides it
-          instead: it is exact where every list is probed.
+        - Method: exact, unless list-major is expected to be 1.1 times as fast from vectors to
+          neighbours: training, choosing nprobe and the join with itself (see `method_cost`). That
+          depends on N, d, k, the recall that is asked for and, for some tens of thousands of vectors,
+          on whether the host multiplies in bfloat16. A given nprobe decides it instead.
         - nlist: about the square root of 16 N, as FAISS's guidelines advise, but never so many that a
           list has fewer than 39 training points; at most 64 where every list is searched.
         - nprobe: all lists if exact, else 2 to 8 times the square root of nlist, by the recall that
           is asked for (4 times where none is), and so many that the probed lists hold ten rows for
           each neighbour. Calibration starts from here.
         - Encoding: float16, unless a recall is asked for that codes can keep (up to 0.97, of vectors of
-          128 numbers or more) and they are expected to be 1.2 times as fast. Where nprobe is
-          calibrated, that is decided afterwards.
+          128 numbers or more) and they are expected to be 1.2 times as fast. Where they are with the
+          nprobe that calibration starts from, that is decided afterwards.
         - Shards: of about 256 MB of codes, or smaller, so that joining one takes at most half of the
           memory limit.
 
@@ -136,18 +186,19 @@ class IndexSpec:
                 f"neighbour. Set index.refine: {DEFAULT_REFINE} or another number from 1."
             )
         sample = min(rows, self.training_rows)
-        nlist, why_nlist = self._choose_nlist(rows, sample)
-        nprobe, why_nprobe = self._choose_nprobe(rows, nlist, goal)
         dim = encoder_dim if self.transform.kind == "none" else self.transform.dim
         if dim > encoder_dim:
             raise ConfigError(
                 f"index.transform.dim is {dim}, but the embeddings have dim {encoder_dim}. "
                 f"Set index.transform.dim to at most {encoder_dim}, or index.transform.type: none."
             )
+        every, why_method = self._choose_every(rows, dim, sample, goal)
+        nlist, why_nlist = self._choose_nlist(rows, sample, every)
+        nprobe, why_nprobe = self._choose_nprobe(rows, nlist, goal, every)
         method, codes, why_encoding = self._choose_encoding(rows, dim, nlist, nprobe, goal)
-        shards, why_shards = self._choose_shards(rows, dim, nprobe, goal, codes)
+        shards, why_shards = self.choose_shards(rows, dim, nprobe, goal, codes)
         reasons = (
-            _why_method(method, rows, self),
+            _why_method(method, rows, why_method),
             why_nlist,
             why_nprobe,
             why_encoding,
@@ -158,7 +209,35 @@ class IndexSpec:
             codes,
         )  # fmt: skip
 
-    def _choose_nlist(self, rows: int, sample: int) -> tuple[int, str]:
+    def _choose_every(self, rows: int, dim: int, sample: int, goal: Goal) -> tuple[bool, str]:
+        """Returns whether every list is searched, and why; the host is asked where it decides."""
+        if self.nprobe is not None:
+            return False, "follows from index.nlist and index.nprobe as configured"
+        gains = [self._gain_of_lists(rows, dim, sample, goal, rounded) for rounded in (False, True)]
+        decisions = {gain >= LEAST_GAIN_OF_LISTS for gain in gains}
+        gain = gains[multiplies_bfloat16()] if len(decisions) > 1 else min(gains)
+        compared = f"{rows} vectors are compared"
+        if gain >= LEAST_GAIN_OF_LISTS:
+            return False, f"{compared} where lists are near, {gain:.1f} times as fast as all with all"
+        return True, f"{compared} all with all, near lists would be {gain:.2f} times as fast"
+
+    def _gain_of_lists(self, rows: int, dim: int, sample: int, goal: Goal, bfloat16: bool) -> float:
+        """Returns how many times as fast a night is expected to be where some lists are searched."""
+        proposals = self.refine * goal.k if self.encoding is Encoding.COMPRESSED else None
+        night = Night(rows, dim, goal.k, bfloat16, proposals)
+
+        def cost(every: bool) -> float:
+            nlist, _ = self._choose_nlist(rows, sample, every)
+            nprobe, _ = self._choose_nprobe(rows, nlist, goal, every)
+            calibrated = goal.min_recall > 0 and nprobe < nlist
+            if calibrated:
+                nprobe = math.ceil(nprobe * _CALIBRATED_SHARE)
+            clustered = min(sample, nlist * MAX_POINTS_PER_CENTROID)
+            return night.cost(clustered, nlist, nprobe, calibrated=calibrated)
+
+        return cost(True) / cost(False)
+
+    def _choose_nlist(self, rows: int, sample: int, every: bool) -> tuple[int, str]:
         if self.nlist is not None:
             if self.nlist > sample:
                 raise ConfigError(
@@ -169,7 +248,7 @@ class IndexSpec:
             return self.nlist, f"nlist {self.nlist}: as configured"
         most = max(1, sample // MIN_POINTS_PER_CENTROID)
         root = round(4 * math.sqrt(rows))
-        if self.nprobe is None and rows <= _EXACT_ROWS and min(root, most) > _EXACT_LISTS:
+        if every and min(root, most) > _EXACT_LISTS:
             return _EXACT_LISTS, f"nlist {_EXACT_LISTS}: all are searched, so more lists save nothing"
         if most < root:
             return most, (
@@ -178,7 +257,7 @@ class IndexSpec:
             )
         return root, f"nlist {root}: 4 sqrt(N), {rows / root:.0f} rows a list"
 
-    def _choose_nprobe(self, rows: int, nlist: int, goal: Goal) -> tuple[int, str]:
+    def _choose_nprobe(self, rows: int, nlist: int, goal: Goal, every: bool) -> tuple[int, str]:
         if self.nprobe is not None:
             if self.nprobe > nlist:
                 raise ConfigError(
@@ -186,7 +265,7 @@ class IndexSpec:
                     f"Set index.nprobe: auto or at most {nlist}."
                 )
             return self.nprobe, f"nprobe {self.nprobe}: as configured"
-        if rows <= _EXACT_ROWS:
+        if every:
             return nlist, f"nprobe {nlist}: all lists"
         factor, target = _UNSTATED_NPROBE_FACTOR, "no evaluate.min_recall is set"
         if goal.min_recall > 0:
@@ -214,11 +293,12 @@ class IndexSpec:
         promised = 0 < goal.min_recall <= _MOST_RECALL_BY_CODES
         if by_vectors is Method.EXACT or not promised or dim < _LEAST_DIM_OF_CODES:
             return by_vectors, False, f"{plain}, scores are exact"
-        if self.nprobe is None:
-            return by_vectors, True, f"{plain}, unless codes are faster with the nprobe of calibration"
+        # Before calibration that is for many lists: with fewer, codes gain less.
         gain = self.gain_of_codes(rows, dim, nlist, nprobe, nprobe, goal.k)
         if gain < LEAST_GAIN:
             return by_vectors, False, f"{plain}, codes would be {gain:.2f} times as fast"
+        if self.nprobe is None:
+            return by_vectors, True, f"{plain}, unless codes are faster with the nprobe of calibration"
         return Method.COMPRESSED, True, f"{coded}, {gain:.1f} times as fast as float16"
 
     def gain_of_codes(
@@ -228,13 +308,15 @@ class IndexSpec:
 
         `nprobe` is what it takes by vectors; by codes it may take more, for they miss some themselves.
         """
-        by_vectors = vectors_cost(probed_rows(rows, nlist, nprobe), dim, k, multiplies_bfloat16())
+        probed = probed_rows(rows, nlist, nprobe)
+        by_vectors = vectors_cost(probed, dim, k, nprobe, multiplies_bfloat16())
         probed = probed_rows(rows, nlist, nprobe_of_codes)
-        return by_vectors / codes_cost(probed, dim, self.refine * k)
+        return by_vectors / codes_cost(probed, dim, self.refine * k, nprobe_of_codes)
 
-    def _choose_shards(
+    def choose_shards(
         self, rows: int, dim: int, nprobe: int, goal: Goal, codes: bool
     ) -> tuple[int, str]:
+        """Returns the number of shards, and why; `codes`: rows have codes, too."""
         if self.shards is not None:
             return self.shards, f"shards {self.shards}: as configured"
         by_size = math.ceil(rows * dim * 2 / _SHARD_BYTES)
@@ -298,8 +380,29 @@ class ResolvedSpec:
 
     @property
     def run_bytes(self) -> int:
-        """Codes that are sorted together while a part is assigned; it decides no bytes."""
-        return min(_RUN_BYTES, max(1, int(self.goal.memory_limit_bytes * _RUN_MEMORY_SHARE)))
+        """Codes that are sorted together while a part is assigned; it decides no bytes.
+
+        They are fewer where the probes beside them would take more than the run's share of memory.
+        """
+        share = self.goal.memory_limit_bytes * _RUN_MEMORY_SHARE
+        of_codes = 2 * self.dim / (2 * self.dim + 4 * self.nprobe)
+        return min(_RUN_BYTES, max(1, int(2 * share * of_codes)), max(1, int(share)))
+
+    def settled(self, nprobe: int, refine: int | None) -> "ResolvedSpec":
+        """Returns the spec with the nprobe and refine that were settled on after it was resolved.
+
+        Where shards were left open and more is searched than was expected, there are as many as that
+        takes; never fewer than before.
+        """
+        request = self.request if refine is None else dataclasses.replace(self.request, refine=refine)
+        shards, _ = request.choose_shards(self.rows, self.dim, nprobe, self.goal, refine is not None)
+        return dataclasses.replace(
+            self,
+            request=request,
+            nprobe=nprobe,
+            shards=min(max(self.shards, shards), self.rows),
+            may_have_codes=refine is not None,
+        )
 
     def choices(self) -> dict[str, Any]:
         """Returns what was chosen, as plain JSON values, for fingerprints and manifests."""
@@ -316,16 +419,30 @@ class ResolvedSpec:
     def training_bytes(self) -> int:
         """Memory that training takes.
 
-        The sample twice while its parts are put together; later once, with its transformed float32
-        vectors, the subset that k-means copies, and the covariance in float64 with what its
-        eigenvectors take.
+        The sample, with the transformed float16 vectors that k-means looks at, its centroids with a
+        block of their sums, and before that the covariance in float64 with what its eigenvectors take.
         """
-        number = 4 if self.request.metric.is_scaled else 2
-        sample = self.sample * self.encoder_dim * 2 * number
-        subset = min(self.sample, self.nlist * MAX_POINTS_PER_CENTROID)
-        copied = subset if subset < self.sample else 0
-        kmeans = (self.sample + copied + 2 * self.nlist) * self.dim * 4
-        return max(sample, sample // 2 + kmeans, sample // 2 + self.covariance_bytes)
+        clustered = min(self.sample, self.nlist * MAX_POINTS_PER_CENTROID)
+        kmeans = clustered * self._clustered_row_bytes + self._centroid_bytes
+        return self.sample * self._sample_row_bytes + max(kmeans, self.covariance_bytes)
+
+    @property
+    def _sample_row_bytes(self) -> int:
+        return self.encoder_dim * (4 if self.request.metric.is_scaled else 2)
+
+    @property
+    def _clustered_row_bytes(self) -> int:
+        return 2 * self.dim + _KMEANS_ROW_BYTES
+
+    @property
+    def _centroid_bytes(self) -> int:
+        return 4 * self.nlist * self.dim * 2
+
+    def training_rows_within(self, limit_bytes: int) -> int:
+        """Returns how many rows of a sample training can take in so much memory, at least one."""
+        row = self._sample_row_bytes
+        with_kmeans = (limit_bytes - self._centroid_bytes) // (row + self._clustered_row_bytes)
+        return max(1, min(with_kmeans, (limit_bytes - self.covariance_bytes) // row))
 
     @property
     def covariance_bytes(self) -> int:
@@ -337,39 +454,43 @@ def join_row_bytes(dim: int, nprobe: int, k: int, refine: int | None = None) -> 
     """Memory that one row of a shard takes in the task that joins it, with a shard of equal size.
 
     As a query: its float16 code, its probes twice, and k slots of score, row and id, which become
-    Arrow columns at the end (105 bytes a slot were seen, with ids of 18 bytes). As a row of the
-    corpus: its code, mapped, and about 100 bytes of id, norm and rule codes. With codes of 4 bits
-    there are those, mapped and prepared, and room for its proposals.
+    Arrow columns at the end (105 bytes a slot were seen, with ids of 18 bytes); or, before there
+    are slots and a corpus, 17 bytes a probe while Parquet decodes them (seen), if that is more. As a
+    row of the corpus: its code, mapped, and about 100 bytes of id, norm and rule codes. With codes of
+    4 bits there are those, mapped and prepared, and room for its proposals.
     """
-    plain = 2 * dim + 8 * nprobe + 105 * k + 2 * dim + 100
+    plain = 2 * dim + max(8 * nprobe + 105 * k + 2 * dim + 100, 17 * nprobe)
     return plain if refine is None else plain + code_bytes(dim) + dim // 4 + 8 * room(refine * k)
 
 
-def _why_method(method: Method, rows: int, request: IndexSpec) -> str:
+def readable_memory(size: int) -> str:
+    """Returns bytes of memory in GiB, or in MiB where they are less than one, with three digits."""
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    number = size / unit
+    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f} {name}"
+
+
+def _why_method(method: Method, rows: int, why: str) -> str:
     if method is Method.COMPRESSED:
         return f"method compressed: {rows} vectors are looked through by codes, then by vectors"
-    if request.nlist is not None or request.nprobe is not None:
-        return f"method {method.value}: follows from index.nlist and index.nprobe as configured"
-    if method is Method.EXACT:
-        return f"method exact: {rows} vectors, at most {_EXACT_ROWS}, are compared all with all"
-    return f"method list_major: {rows} vectors, above {_EXACT_ROWS}, are compared where lists are near"
+    return f"method {method.value}: {why}"
 
 
 def check_training_memory(spec: ResolvedSpec, limit_bytes: int) -> None:
     """Raises ConfigError when training would take more memory than the limit, before any work."""
     if spec.training_bytes <= limit_bytes:
         return
-    a_row = spec.training_bytes / spec.sample
-    remedy = f"Lower index.training_rows to about {max(1, int(limit_bytes / a_row))}, choose"
+    rows = spec.training_rows_within(limit_bytes)
+    remedy = f"Lower index.training_rows to about {rows}, choose"
     if spec.covariance_bytes >= limit_bytes:
-        covariance = spec.covariance_bytes / 2**30
+        covariance = readable_memory(spec.covariance_bytes)
         remedy = (
-            f"The covariance of {spec.encoder_dim} numbers alone takes {covariance:.1f} GiB: set "
+            f"The covariance of {spec.encoder_dim} numbers alone takes {covariance}: set "
             "index.transform.type: none, choose"
         )
     raise ConfigError(
-        f"Training the index would take {spec.training_bytes / 2**30:.1f} GiB "
+        f"Training the index would take {readable_memory(spec.training_bytes)} "
         f"({spec.sample} vectors of {spec.encoder_dim} numbers, transform "
         f"{spec.request.transform.kind}), index.memory_limit_gib allows "
-        f"{limit_bytes / 2**30:.1f}. {remedy} a pooling with fewer dimensions, or raise the limit."
+        f"{readable_memory(limit_bytes)}. {remedy} a pooling with fewer dimensions, or raise the limit."
     )

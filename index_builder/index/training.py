@@ -4,20 +4,22 @@ import dataclasses
 import io
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from index_builder.datasets import storage
+from index_builder.datasets.sampling import sample_rows
 from index_builder.errors import DatasetError
+from index_builder.index.kmeans import find_centroids
 from index_builder.index.product_quantizer import Codebooks, train_codebooks
 from index_builder.index.spec import MAX_POINTS_PER_CENTROID, ResolvedSpec
 from index_builder.index.transform import Transform, learn_transform, row_blocks
 from index_builder.scoring.metrics import Metric
-from index_builder.scoring.vectors import round_float16, unit_float16
+from index_builder.scoring.vectors import squared_norms, unit_float16
 
 # As FAISS trains its inverted lists; with 20 recall was the same within its error.
-_KMEANS_ITERATIONS = 10
+KMEANS_ITERATIONS = 10
+_BLOCK_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,29 +58,26 @@ def train_index(
     `largest_norm` is that of the whole corpus, from which the scale is chosen where the metric has
     one; None stands for a sample that is the whole corpus.
 
-    K-means by FAISS, seeded: for euclidean the plain one, else the spherical one, as FAISS does for
-    its inner product. The centroids are rounded to float16, so assigning a vector to them is exact. A
-    sample with fewer distinct vectors than lists yields duplicate centroids; those are dropped, so
-    the trained nlist can be smaller than the spec's. (FAISS tells some of them apart by a small
-    random shift: those stay, as empty lists.)
+    K-means is seeded: for euclidean the plain one, else the spherical one, as FAISS does for its inner
+    product; its centroids are float16, so assigning a vector to them is exact. A sample with fewer
+    distinct vectors than lists yields duplicate centroids; those are dropped, so the trained nlist can
+    be smaller than the spec's.
     """
     request = spec.request
     transform = learn_transform(request.transform, sample, request.metric, largest_norm)
-    vectors = np.empty((len(sample), transform.dim(sample.shape[1])), dtype=np.float32)
-    start = 0
-    for block in row_blocks(sample):
-        vectors[start : start + len(block)] = transform.apply(block)
-        start += len(block)
-    raw = _kmeans(vectors, min(spec.nlist, len(vectors)), request.metric, request.seed)
-    if request.metric is Metric.EUCLIDEAN:
-        centroids = round_float16(raw.astype(np.float64))
-    else:
-        centroids, valid = unit_float16(raw)
-        if not valid.any():  # opposite vectors cancel out
-            centroids, valid = unit_float16(vectors[:1])
-        if not valid.any():  # nor has a zero vector a direction: one list for all
-            centroids, valid = np.eye(1, vectors.shape[1], dtype=np.float16), np.ones(1, np.bool_)
-        centroids = centroids[valid]
+    # No more rows are transformed than k-means looks at.
+    rows = sample_rows(len(sample), spec.nlist * MAX_POINTS_PER_CENTROID, request.seed)
+    vectors = np.empty((len(rows), transform.dim(sample.shape[1])), dtype=np.float16)
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        taken = slice(start, start + _BLOCK_ROWS)
+        vectors[taken] = transform.apply(sample[rows[taken]])
+    centroids = _kmeans(vectors, min(spec.nlist, len(vectors)), request.metric, request.seed)
+    if request.metric is not Metric.EUCLIDEAN:
+        centroids = centroids[centroids.any(axis=1)]
+        if not len(centroids):  # none that was drawn has a direction: the first vector that has one
+            centroids = unit_float16(vectors[vectors.any(axis=1)][:1])[0]
+        if not len(centroids):  # nor has a zero vector a direction: one list for all
+            centroids = np.eye(1, vectors.shape[1], dtype=np.float16)
     centroids = np.unique(centroids, axis=0)
     order = _neighbouring_order(centroids, request.metric, request.seed)
     codebooks = train_codebooks(vectors, request.seed) if spec.may_have_codes else None
@@ -86,24 +85,16 @@ def train_index(
 
 
 def _kmeans(
-    vectors: NDArray[np.float32],
-    clusters: int,
-    metric: Metric,
-    seed: int,
-    iterations: int = _KMEANS_ITERATIONS,
-) -> NDArray[np.float32]:
-    """Returns the centroids of FAISS's k-means, float32 [clusters, d]."""
-    kmeans = faiss.Kmeans(
-        vectors.shape[1],
+    vectors: NDArray[np.float16], clusters: int, metric: Metric, seed: int
+) -> NDArray[np.float16]:
+    return find_centroids(
+        vectors,
         clusters,
-        niter=iterations,
-        seed=seed,
-        spherical=metric is not Metric.EUCLIDEAN,
-        min_points_per_centroid=1,
-        max_points_per_centroid=MAX_POINTS_PER_CENTROID,
+        metric,
+        seed,
+        iterations=KMEANS_ITERATIONS,
+        most_points=MAX_POINTS_PER_CENTROID,
     )
-    kmeans.train(vectors)
-    return np.asarray(kmeans.centroids, dtype=np.float32)
 
 
 def _neighbouring_order(centroids: NDArray[np.float16], metric: Metric, seed: int) -> NDArray[np.int64]:
@@ -113,10 +104,9 @@ def _neighbouring_order(centroids: NDArray[np.float16], metric: Metric, seed: in
     its most similar unvisited one, and a group's lists follow by similarity to the group's centre.
     """
     count = len(centroids)
-    wide = centroids.astype(np.float32)
     if count < 4:
         return np.arange(count, dtype=np.int64)
-    centres = _kmeans(wide, round(count**0.5), metric, seed, iterations=10)
+    centres = _kmeans(centroids, round(count**0.5), metric, seed)
     similarity = _similarity(centres, centres, metric)
     chain = [0]
     waiting = np.ones(len(centres), dtype=bool)
@@ -127,21 +117,22 @@ def _neighbouring_order(centroids: NDArray[np.float16], metric: Metric, seed: in
         waiting[following] = False
     position = np.empty(len(centres), dtype=np.int64)
     position[chain] = np.arange(len(chain))
-    affinity = _similarity(wide, centres, metric)
+    affinity = _similarity(centroids, centres, metric)
     group = affinity.argmax(axis=1)
     order: NDArray[np.int64] = np.lexsort((np.arange(count), -affinity.max(axis=1), position[group]))
     return order
 
 
 def _similarity(
-    rows: NDArray[np.float32], centres: NDArray[np.float32], metric: Metric
-) -> NDArray[np.float32]:
-    """Returns how near rows are to centres, higher is nearer, float32 [rows, centres]."""
-    products = rows @ centres.T
+    rows: NDArray[np.float16], centres: NDArray[np.float16], metric: Metric
+) -> NDArray[np.float64]:
+    """Returns how near rows are to centres, exact, higher is nearer, float64 [rows, centres]."""
+    wide = centres.astype(np.float64)
+    blocks = [block.astype(np.float64) @ wide.T for block in row_blocks(rows)]
+    similarity: NDArray[np.float64] = np.concatenate(blocks)
     if metric is Metric.EUCLIDEAN:
-        lengths = np.square(rows).sum(axis=1)[:, None] + np.square(centres).sum(axis=1)
-        return np.asarray(2 * products - lengths, dtype=np.float32)
-    return products
+        similarity = 2 * similarity - squared_norms(rows)[:, None] - squared_norms(centres)
+    return similarity
 
 
 def save_trained(path: str, trained: TrainedIndex) -> None:

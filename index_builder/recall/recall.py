@@ -20,12 +20,22 @@ class Promise:
     """A lower bound of recall of at least `target`, on samples of `sample` queries drawn with `seed`.
 
     `attempts` is how often nprobe may be tried before the promise is given up: 1 where it is fixed.
+    Raises ValueError.
     """
 
     target: float = 0.0
     sample: int = 1000
     seed: int = 1
     attempts: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target <= 1:
+            raise ValueError(
+                f"Promise.target is {self.target}, wanted 0 to 1. Give a share, such as 0.95."
+            )
+        for name, got in (("sample", self.sample), ("attempts", self.attempts)):
+            if got < 1:
+                raise ValueError(f"Promise.{name} is {got}, wanted at least 1. Raise it.")
 
     def alpha(self, attempt: int) -> float:
         """Returns the probability with which the bound of an attempt (from 1) may be wrong.

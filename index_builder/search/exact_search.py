@@ -20,8 +20,8 @@ from index_builder.scoring.vectors import squared_norms
 from index_builder.search.corpus import Corpus
 
 _FIRST_ROWS, _MOST_ROWS = 256, 4096
-# Pairs whose exact dot products are computed at a time.
-_PAIRS_AT_ONCE = 1 << 14
+# Numbers of the pairs whose exact dot products are computed at a time: they stay in the cache.
+_NUMBERS_AT_ONCE = 1 << 16
 # Unit roundoff of float32.
 _UNIT_ROUNDOFF = 2.0**-24
 
@@ -157,8 +157,9 @@ class _State:
     ) -> NDArray[np.float64]:
         """Returns the dot products of pairs; their sums are exact in any order."""
         dots, wide = np.empty(len(owners)), codes.astype(np.float64)
-        for start in range(0, len(owners), _PAIRS_AT_ONCE):
-            part = slice(start, start + _PAIRS_AT_ONCE)
+        step = max(1, _NUMBERS_AT_ONCE // max(1, codes.shape[1]))
+        for start in range(0, len(owners), step):
+            part = slice(start, start + step)
             dots[part] = np.einsum("ij,ij->i", self._wide[owners[part]], wide[rows[part]])
         return dots
 

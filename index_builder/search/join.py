@@ -30,6 +30,9 @@ from index_builder.search.groups import GroupsRef, with_groups
 from index_builder.search.neighbors import EVIDENCE, NeighborsSchema, neighbors_table, slots
 from index_builder.search.proposal_scoring import decide
 
+# Neighbours of a row at most: a task keeps room for all of them.
+MOST_NEIGHBORS = 10_000
+
 
 @dataclasses.dataclass(frozen=True)
 class JoinSpec:
@@ -55,6 +58,20 @@ class JoinSpec:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k is {self.k}, wanted at least 1")
+        if self.k > MOST_NEIGHBORS:
+            raise ValueError(
+                f"k is {self.k}, wanted at most {MOST_NEIGHBORS}: a task keeps room for all of them. "
+                "Lower it."
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(
+                f"threads is {self.threads}, wanted at least 1. Leave it out for those of all cores."
+            )
+        if self.max_probe is not None and self.max_probe < 0:
+            raise ValueError(
+                f"max_probe is {self.max_probe}, wanted at least 0: no second search. Leave it out for "
+                "four times nprobe."
+            )
         unknown = [name for name in self.evidence if name not in EVIDENCE]
         if unknown:
             raise ValueError(f"evidence is {unknown[0]!r}, wanted one of {', '.join(EVIDENCE)}")
@@ -180,8 +197,7 @@ def find_neighbors(
         stored.exclusions,
         single_images=index.single_images,
     )
-    searched = dataclasses.replace(spec, k=slots(spec.k, spec.evidence))
-    top = search_shards(index, queries, searched, home=stored.home)
+    top = search_shards(index, queries, spec, home=stored.home)
     columns = tuple((name, table.schema.field(name).type) for name in spec.columns)
     return neighbors_table(
         NeighborsSchema(columns, spec.evidence),
@@ -203,12 +219,14 @@ def search_shards(
 ) -> TopK:
     """Finds the k best of the lists that each query probes, over all shards that own such a list.
 
+    One more is kept of each where the evidence wants it (`slots`).
     The home shard comes first, then those that most queries probe, so that thresholds are tight
     early; the order does not change the result.
     """
     if index.refine is None or not len(queries.block):
         return _search_vectors(index, queries, spec, home)
-    return _search_codes(index, queries, spec, min(index.layout.rows, index.refine * spec.k), home)
+    kept = index.refine * slots(spec.k, spec.evidence)
+    return _search_codes(index, queries, spec, min(index.layout.rows, kept), home)
 
 
 def _search_codes(
@@ -226,7 +244,8 @@ def _search_codes(
     rows, counts = proposals.finish()
     top = _empty_top(index, queries, spec)
     decide(index, queries.block, probes, encoder, (rows, counts), columns[1:], top, threads)
-    short = np.flatnonzero((top.counts < spec.k) & (counts == kept))
+    wanted = slots(spec.k, spec.evidence)
+    short = np.flatnonzero((top.counts < wanted) & (counts == kept))
     if len(short):
         block = queries.block
         again = Block(block.vectors[short], block.squared_norms[short], block.codes.take(short))
@@ -237,8 +256,9 @@ def _search_codes(
 
 def _empty_top(index: IndexDataset, queries: Queries, spec: JoinSpec) -> TopK:
     transform = index.trained.transform
+    wanted = slots(spec.k, spec.evidence)
     return TopK(
-        len(queries.block), spec.k, index.id_bytes, transform.metric, transform.unscale, spec.rules.caps
+        len(queries.block), wanted, index.id_bytes, transform.metric, transform.unscale, spec.rules.caps
     )
 
 

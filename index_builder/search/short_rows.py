@@ -190,12 +190,13 @@ def _possible(
 ) -> Possible:
     """Returns what some stored queries can find, of which `found` was: int64 [n], up to k.
 
-    Every query is counted by itself that the sums leave more than it has.
+    Every query is counted by itself that the sums leave more than it has; where items have several
+    images, every query is: the sums are of items.
     """
     queries, indexed = stored.table.take(pa.array(places)), stored.home is not None
     most = np.minimum(most_possible(index, queries, spec.rules, counts, indexed=indexed), spec.k)
     images, neighbors = most.copy(), most.copy()
-    unsure = np.flatnonzero(most > found)
+    unsure = np.flatnonzero((most > found) | (not index.single_images))
     if len(unsure) and not sums_are_exact(index, spec.rules, indexed=indexed):
         exact = count_possible(
             index, queries.take(pa.array(unsure)), spec.rules, spec.k, stored.exclusions

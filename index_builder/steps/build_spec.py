@@ -16,7 +16,7 @@ from index_builder.recall.query_sample import QuerySample
 from index_builder.search.corpus import Corpus
 
 # Raised when the same embeddings and configuration give other bytes than before.
-REVISION = 3
+REVISION = 4
 
 # What a step tells of its work: a counter's name and by how much it grew.
 Tally = Callable[[str, int], None]
@@ -104,6 +104,7 @@ def index_identity(
     """Returns the fingerprint of the index that a request makes of an embeddings dataset.
 
     What the request leaves open is resolved first, so a goal counts by the choices that it leads to.
+    Where calibration may choose an nprobe that needs more shards, the memory limit counts itself.
     """
     spec = request.resolve(source.rows, embeddings.load_dim(source), goal)
     value = {
@@ -115,8 +116,12 @@ def index_identity(
     }
     if calibration_spec is not None:
         value["calibration"] = calibration_spec.fingerprint_value()
+        most = spec.settled(spec.nlist, request.refine if spec.may_have_codes else None)
+        if retry is None and most.shards > spec.shards:
+            value["memory_limit_bytes"] = spec.goal.memory_limit_bytes
     if retry is not None:
-        value["retry"] = retry.fingerprint_value()
+        again = spec.settled(retry.nprobe, retry.refine)
+        value["retry"] = retry.fingerprint_value() | {"shards": again.shards}
     return fingerprint(value | metadata_ingredient(table))
 
 

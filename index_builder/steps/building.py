@@ -21,7 +21,7 @@ from index_builder.index.training import TrainedIndex, save_trained, train_index
 from index_builder.steps import corpus_check
 from index_builder.steps.build_spec import BuildSpec, Retry, Tally, no_tally, shard_key
 from index_builder.steps.corpus_check import CorpusFigures, PartFindings
-from index_builder.steps.nprobe_choice import effective_nprobe, effective_refine
+from index_builder.steps.nprobe_choice import effective_nprobe, effective_refine, settled_spec
 
 # The marker of a corpus that was found in order.
 _CHECKED = "checked"
@@ -94,14 +94,15 @@ def assign(
     if not storage.exists(path):
         blocks = embeddings.read_part(spec.embeddings_folder, part)
         nprobe = effective_nprobe(spec, trained)
-        assigned_parts.assign_part(blocks, trained, nprobe, path, spec.index.run_bytes)
+        run_bytes = settled_spec(spec, trained.nlist).run_bytes
+        assigned_parts.assign_part(blocks, trained, nprobe, path, run_bytes)
         tally("vectors_in", part.rows)
     return assigned_parts.assigned_list_sizes(path, trained.nlist)
 
 
 def plan(spec: BuildSpec, list_sizes: NDArray[np.int64]) -> IndexLayout:
     """Writes the layout, unless an earlier attempt finished with it, and returns it."""
-    layout = plan_layout(list_sizes, spec.index.shards)
+    layout = plan_layout(list_sizes, settled_spec(spec, len(list_sizes)).shards)
     if manifests.finished_part(spec.index_folder, shards.SHARED_PART, spec.key) is None:
         save_layout(spec.layout_path, layout)
     return layout

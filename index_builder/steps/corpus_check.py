@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from index_builder.datasets import embeddings, manifests, storage
+from index_builder.datasets.in_order import map_in_order, readers
 from index_builder.datasets.manifests import Part
 from index_builder.errors import DatasetError
 from index_builder.scoring.metrics import Metric
@@ -71,7 +72,7 @@ def check_part(folder: str, part: Part, dim: int, metric: Metric) -> PartFinding
             )
         manifests.verify_file(folder, file)
         with storage.open_arrow(path) as stream:
-            return _check_vectors(pq.ParquetFile(stream), part, dim, metric)
+            return _check_vectors(pq.ParquetFile(stream), path, part, dim, metric)
     except DatasetError as error:
         return _unreadable(part, str(error))
     # Arrow's own exceptions are of several kinds, and damaged pages come as an OSError.
@@ -84,7 +85,9 @@ def _unreadable(part: Part, problem: str) -> PartFindings:
     return PartFindings(part.name, "", (), 0.0, (problem,))
 
 
-def _check_vectors(file: pq.ParquetFile, part: Part, dim: int, metric: Metric) -> PartFindings:
+def _check_vectors(
+    file: pq.ParquetFile, path: str, part: Part, dim: int, metric: Metric
+) -> PartFindings:
     schema = file.schema_arrow
     columns = tuple((field.name, str(field.type)) for field in schema)
     names = [name for name, _ in columns]
@@ -101,9 +104,19 @@ def _check_vectors(file: pq.ParquetFile, part: Part, dim: int, metric: Metric) -
     problems = []
     if file.metadata.num_rows != part.rows:
         problems.append(f"it has {file.metadata.num_rows} rows, the manifest says {part.rows}")
-    odd = _OddRows(metric)
-    for batch in file.iter_batches(_BATCH_ROWS, columns=["image_id", "vector"]):
-        odd.look_at(pa.Table.from_batches([batch]))
+    odd, metadata = _OddRows(metric), file.metadata
+
+    def look_at(group: int) -> _OddRows:
+        found = _OddRows(metric)
+        with storage.open_arrow(path) as stream:
+            opened = pq.ParquetFile(stream, metadata=metadata)
+            columns = ["image_id", "vector"]
+            for batch in opened.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
+                found.look_at(pa.Table.from_batches([batch]))
+        return found
+
+    for found in map_in_order(look_at, range(metadata.num_row_groups), readers()):
+        odd.add(found)
     return PartFindings(part.name, str(kind), columns, odd.largest_norm, (*problems, *odd.problems()))
 
 
@@ -141,6 +154,14 @@ class _OddRows:
             ids = self._ids.setdefault(what, [])
             first = np.flatnonzero(rows)[: _MOST_IDS - len(ids)]
             ids += [str(name) for name in table["image_id"].take(first).to_pylist()]
+
+    def add(self, others: "_OddRows") -> None:
+        """Takes in what was found in the rows after these."""
+        self.largest_norm = max(self.largest_norm, others.largest_norm)
+        for what, number in others._counts.items():
+            self._counts[what] = self._counts.get(what, 0) + number
+            ids = self._ids.setdefault(what, [])
+            ids += others._ids[what][: _MOST_IDS - len(ids)]
 
     def problems(self) -> list[str]:
         """Returns one clause for each kind of vector that cannot be indexed."""

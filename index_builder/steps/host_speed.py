@@ -12,14 +12,15 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from index_builder.datasets import embeddings, storage
-from index_builder.index.assignment import nearest_lists
+from index_builder.index import assigned_parts
+from index_builder.index.assignment import NearestCentroids, nearest_lists
+from index_builder.scoring.metrics import Metric
 from index_builder.scoring.vectors import unit_float16
 
 _QUERY_ROWS = 1024
@@ -55,9 +56,9 @@ class JoinSpeed:
 class HostSpeed(JoinSpeed):
     """Those of a build too.
 
-    Floating-point operations of NumPy's products and of k-means by FAISS; pairs that are compared to
-    assign a row; numbers brought to unit length; bytes written to Parquet. `seconds` is what measuring
-    took.
+    Floating-point operations of NumPy's products and of finding the nearest centroids in k-means; pairs
+    that are compared to assign a row; numbers brought to unit length; bytes written to Parquet.
+    `seconds` is what measuring took.
     """
 
     product32: float
@@ -140,9 +141,11 @@ def _measure(
     flop = 2.0 * len(left) * len(right) * dim
     wide_left, wide_right = left.astype(np.float64), right.astype(np.float64)
     lists = codes[: min(nlist, len(codes))]
-    quantizer = faiss.IndexFlatIP(dim)
-    quantizer.add(right[: min(_KMEANS_CLUSTERS, nlist)])
-    kmeans_flop = 2.0 * len(right) * quantizer.ntotal * dim
+    centroids = codes[: min(_KMEANS_CLUSTERS, nlist)]
+    # Enough rows that packing the centroids hardly counts.
+    sampled = np.concatenate([np.roll(codes, shift + 1, axis=1) for shift in range(_CORPUS_COPIES)])
+    nearest = NearestCentroids(sampled, Metric.COSINE)
+    kmeans_flop = 2.0 * len(sampled) * len(centroids) * dim
     few = right[:256].astype(np.float64)
     joined = _measure_join(share, dim, k, folder, seconds_each)
 
@@ -156,13 +159,13 @@ def _measure(
             **dataclasses.asdict(joined),
             product32=rate(flop, lambda: left @ right.T),
             product64=rate(flop, lambda: wide_left @ wide_right.T),
-            kmeans=rate(kmeans_flop, lambda: quantizer.search(right, 1)),
+            kmeans=rate(kmeans_flop, lambda: nearest.find(centroids)),
             assigned_pairs=rate(
                 len(queries) * len(lists),
                 lambda: nearest_lists(queries, lists, min(nprobe, len(lists))),
             ),
             unit_numbers=rate(few.size, lambda: unit_float16(few)),
-            written_bytes=rate(written, lambda: _write_codes(path, share, codes)),
+            written_bytes=rate(written, lambda: _write_codes(path, share, codes, as_bytes=True)),
             cores=len(os.sched_getaffinity(0)),
             seconds=time.perf_counter() - begun,
         )
@@ -184,10 +187,13 @@ def _made_codes(share: int, dim: int) -> NDArray[np.float16]:
     return unit_float16(rng.standard_normal((_CORPUS_ROWS // share, dim), dtype=np.float32))[0]
 
 
-def _write_codes(path: str, share: int, codes: NDArray[np.float16]) -> NDArray[np.float16]:
-    """Writes a file of codes to the disk itself; returns them."""
+def _write_codes(
+    path: str, share: int, codes: NDArray[np.float16], *, as_bytes: bool = False
+) -> NDArray[np.float16]:
+    """Writes a file of codes to the disk itself, as lists or as bytes; returns them."""
     written: NDArray[np.float16] = np.resize(codes, (_FILE_ROWS // share, codes.shape[1]))
-    table = pa.table({"code": embeddings.list_array(written)})
+    column = assigned_parts.as_bytes(written) if as_bytes else embeddings.list_array(written)
+    table = pa.table({"code": column})
     with embeddings.parquet_writer(path, table.schema) as writer:
         writer.write_table(table, row_group_size=embeddings.ROW_GROUP_ROWS)
     descriptor = os.open(path, os.O_RDONLY)

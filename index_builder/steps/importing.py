@@ -92,10 +92,10 @@ def import_arrays(
 
     `items` and each of `columns` hold n values; the rest is as in `import_vectors`.
     """
-    if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
+    if vectors.ndim != 2 or not vectors.shape[1] or not np.issubdtype(vectors.dtype, np.floating):
         raise ConfigError(
-            f"The vectors are {vectors.dtype} {list(vectors.shape)}, wanted floats [n, dim]. Convert "
-            "them."
+            f"The vectors are {vectors.dtype} {list(vectors.shape)}, wanted floats [n, dim], dim at "
+            "least 1. Convert them."
         )
     named = {"ids": ids, "items": ids if items is None else items, **(columns or {})}
     table = {}

@@ -8,10 +8,12 @@ import pyarrow as pa
 from index_builder.datasets import manifests
 from index_builder.datasets.manifests import Part
 from index_builder.index.method_cost import LEAST_GAIN
+from index_builder.index.spec import ResolvedSpec
 from index_builder.index.training import TrainedIndex
 from index_builder.recall import calibration
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.query_sample import choose_queries
+from index_builder.steps import plan
 from index_builder.steps.build_spec import BuildSpec
 
 # The marker of an nprobe that was chosen.
@@ -102,13 +104,39 @@ def settled_calibration(spec: BuildSpec) -> dict[str, Any] | None:
 
 def effective_nprobe(spec: BuildSpec, trained: TrainedIndex) -> int:
     """Returns nprobe as given or chosen, no more than the lists that training left."""
+    return _nprobe(spec, trained.nlist)
+
+
+def _nprobe(spec: BuildSpec, nlist: int) -> int:
     wanted = spec.index.nprobe
     figures = settled_calibration(spec)
     if spec.retry is not None:
         wanted = spec.retry.nprobe
     elif figures is not None:
         wanted = int(figures["nprobe"])
-    return min(wanted, trained.nlist)
+    return min(wanted, nlist)
+
+
+def settled_spec(spec: BuildSpec, nlist: int) -> ResolvedSpec:
+    """Returns what is indexed with the nprobe and refine that were chosen, and shards sized for them.
+
+    `nlist`: the lists that training left.
+    """
+    if spec.calibration is None and spec.retry is None:
+        return spec.index
+    return spec.index.settled(_nprobe(spec, nlist), effective_refine(spec))
+
+
+def check_memory(spec: BuildSpec, nlist: int) -> None:
+    """Raises ConfigError where calibration chose an nprobe that the memory limit does not allow.
+
+    That is before a part is assigned; a lower nprobe than was expected has been checked already.
+    """
+    settled = settled_spec(spec, nlist)
+    if settled.nprobe <= spec.index.nprobe:
+        return
+    source = plan.describe_parts(spec.embeddings_folder, spec.embeddings_parts, spec.index.encoder_dim)
+    plan.check_memory(settled, source, chosen=" by calibration")
 
 
 def effective_refine(spec: BuildSpec) -> int | None:

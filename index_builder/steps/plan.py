@@ -6,6 +6,7 @@ runs (docs/operations.md says how near they come).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from index_builder.datasets import embeddings, storage
+from index_builder.datasets.in_order import MOST_READERS, readers
 from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError, DatasetError
 from index_builder.index import assigned_parts, product_quantizer
+from index_builder.index.kmeans import BLOCK_CLUSTERS
 from index_builder.index.method_cost import codes_over_pairs, probed_rows
 from index_builder.index.shards import IndexDataset, read_shard_table
 from index_builder.index.spec import (
@@ -24,17 +27,20 @@ from index_builder.index.spec import (
     ResolvedSpec,
     check_training_memory,
     join_row_bytes,
+    readable_memory,
 )
+from index_builder.index.training import KMEANS_ITERATIONS
 from index_builder.scoring.products import multiplies_bfloat16
 from index_builder.search.join import probed_shards
 from index_builder.steps.host_speed import HostSpeed, JoinSpeed
 
-_KMEANS_ITERATIONS = 10
 _BLOCK_ROWS = 4096
 # What any step takes beside its data: compiled code, buffers of Arrow, the heaps of allocators.
 _STEP_BYTES = 8 << 20
 # Copies of a row group, as `group` below counts it, while batches of it are looked at (seen).
 _CHECKED_GROUPS = 4
+# The same for each of several threads that look at groups.
+_READ_GROUPS = 2
 # Tiles of fast scores.
 _TILE_BYTES = 8 << 20
 # A pair that is compared in the exact search of calibration: selecting it, and its score (seen).
@@ -46,6 +52,8 @@ _SHARD_SECONDS = 0.05
 # Bytes and seconds of one neighbour of one row, from the heap to the compressed Parquet file.
 _NEIGHBOR_BYTES = 16
 _NEIGHBOR_SECONDS = 4e-7
+# Seconds of one core for each number that k-means adds to its centroid.
+_ADDED_SECONDS = 6e-10
 # Seconds of one core for each number of a vector that gets a code.
 _ENCODED_SECONDS = 1e-8
 
@@ -120,15 +128,19 @@ class Plan:
 
 def describe_source(folder: str, manifest: Manifest) -> Source:
     """Looks at an embeddings dataset: its manifest, and the first row group of its largest part."""
-    largest = max(manifest.parts, key=lambda part: part.rows)
+    return describe_parts(folder, manifest.parts, embeddings.load_dim(manifest))
+
+
+def describe_parts(folder: str, parts: Sequence[Part], dim: int) -> Source:
+    """The same of the parts of embeddings of `dim` numbers."""
+    largest = max(parts, key=lambda part: part.rows)
     block = _first_rows(folder, largest)
     width = block["vector"].type.value_type.bit_width // 8
     kept = block.drop_columns([name for name in assigned_parts.DROPPED if name in block.column_names])
-    dim = embeddings.load_dim(manifest)
     kept_bytes = kept.nbytes / max(1, len(kept))
-    return Source(
-        manifest.rows, dim, width, largest.rows, max(1, len(block)), kept_bytes, manifest.bytes
-    )
+    rows = sum(part.rows for part in parts)
+    file_bytes = sum(file.bytes for part in parts for file in part.files)
+    return Source(rows, dim, width, largest.rows, max(1, len(block)), kept_bytes, file_bytes)
 
 
 def _first_rows(folder: str, part: Part) -> pa.Table:
@@ -159,13 +171,18 @@ def plan_build(spec: ResolvedSpec, source: Source, speed: HostSpeed, calibrated_
         "trained": centroids * 2 + matrix,
         "scratch": code_bytes + rows * (4 * nprobe + 12) + int(kept * 0.5),
     }
-    read = source.file_bytes / speed.read_bytes + source.file_bytes / speed.hashed_bytes
+    hashed = source.file_bytes / speed.hashed_bytes
+    read = source.file_bytes / speed.read_bytes + hashed
+    # What is only looked at, or sampled, is read by several threads.
+    decoded = source.file_bytes / speed.read_bytes / min(speed.cores, MOST_READERS)
     clustered = min(spec.sample, nlist * MAX_POINTS_PER_CENTROID)
     transform_flop = 0 if not matrix else 2.0 * wide * dim
     unit = 0.0 if not matrix else dim / speed.unit_numbers
+    moving = min(speed.cores, -(-nlist // BLOCK_CLUSTERS))
+    moved = (clustered * dim * _ADDED_SECONDS + nlist * dim / speed.unit_numbers) / moving
     train = (
-        read
-        + clustered * nlist * dim * 2 * _KMEANS_ITERATIONS / speed.kmeans
+        decoded
+        + KMEANS_ITERATIONS * (clustered * nlist * dim * 2 / speed.kmeans + moved)
         + spec.sample * (transform_flop / speed.product64 + unit)
         + (0 if not matrix else (2.0 * spec.sample * wide**2 + 20.0 * wide**3) / speed.product64)
     )
@@ -176,13 +193,14 @@ def plan_build(spec: ResolvedSpec, source: Source, speed: HostSpeed, calibrated_
         + disk["scratch"] / speed.written_bytes
     )
     build = (
-        disk["scratch"] / speed.read_bytes
+        # Vectors are bytes there: reading them takes no longer than writing them does.
+        disk["scratch"] / speed.written_bytes
         + disk["shards"] * (1 / speed.written_bytes + 1 / speed.hashed_bytes)
         + spec.shards * _SHARD_SECONDS
         + encoding
     )
     steps: tuple[Step, ...] = (
-        Step("check", memory["check"], _STAGE_SECONDS + read),
+        Step("check", memory["check"], _STAGE_SECONDS + hashed + decoded),
         Step("train", memory["train"], train),
         Step("assign", memory["assign"], assign),
         Step("build shards", memory["build shards"], _STAGE_SECONDS + build),
@@ -223,8 +241,8 @@ def build_memory(spec: ResolvedSpec, source: Source) -> dict[str, int]:
     shard = shard_rows * (2 * dim + short + 2 * (source.kept_row_bytes + 4 * nprobe) + 24)
     refine = spec.request.refine if spec.may_have_codes else None
     return {
-        "check": int(_CHECKED_GROUPS * group) + _STEP_BYTES,
-        "train": spec.training_bytes + sampled + _STEP_BYTES,
+        "check": int(max(_CHECKED_GROUPS, readers() * _READ_GROUPS) * group) + _STEP_BYTES,
+        "train": spec.training_bytes + max(sampled, int(readers() * group)) + _STEP_BYTES,
         "assign": int(group + block + run) + 6 * centroids + _TILE_BYTES + _STEP_BYTES,
         "build shards": int(shard) + 10 * centroids + _STEP_BYTES,
         "join task": join_memory(shard_rows, spec.goal.k, dim, nprobe, nlist, refine),
@@ -246,10 +264,11 @@ def join_memory(
     )
 
 
-def check_memory(spec: ResolvedSpec, source: Source) -> None:
+def check_memory(spec: ResolvedSpec, source: Source, chosen: str = "") -> None:
     """Raises ConfigError, before any work, when a task would take more than the memory limit.
 
     Looked at are training, the assignment of a part, one shard's build, and the task that joins it.
+    `chosen` says after nprobe who settled on it, where that is not the spec.
     """
     limit = spec.goal.memory_limit_bytes
     check_training_memory(spec, limit)
@@ -258,18 +277,19 @@ def check_memory(spec: ResolvedSpec, source: Source) -> None:
     for name, what in (("build shards", "Building one shard"), ("join task", "Joining one shard")):
         if memory[name] > limit:
             needed = max(spec.shards + 1, -(-spec.shards * memory[name] // max(1, limit)))
+            wanted = "" if spec.request.shards is None else "auto or "
             raise ConfigError(
-                f"{what} would take {memory[name] / 2**30:.2f} GiB ({shard_rows} vectors of {spec.dim} "
-                f"numbers, nprobe {spec.nprobe}, k {spec.goal.k}), index.memory_limit_gib allows "
-                f"{limit / 2**30:.2f}. Set index.shards to auto or at least {needed}, or raise the "
-                "limit."
+                f"{what} would take {readable_memory(memory[name])} ({shard_rows} vectors of "
+                f"{spec.dim} numbers, nprobe {spec.nprobe}{chosen}, k {spec.goal.k}), "
+                f"index.memory_limit_gib allows {readable_memory(limit)}. Set index.shards to {wanted}"
+                f"at least {needed}, or raise the limit."
             )
     if memory["assign"] > limit:
         raise ConfigError(
-            f"Assigning one part would take {memory['assign'] / 2**30:.2f} GiB (row groups of "
-            f"{source.group_rows} embeddings of {spec.encoder_dim} numbers, {spec.nlist} lists), "
-            f"index.memory_limit_gib allows {limit / 2**30:.2f}. Write the embeddings with smaller row "
-            "groups, lower index.nlist, or raise the limit."
+            f"Assigning one part would take {readable_memory(memory['assign'])} (row groups of "
+            f"{source.group_rows} embeddings of {spec.encoder_dim} numbers, {spec.nlist} lists, nprobe "
+            f"{spec.nprobe}{chosen}), index.memory_limit_gib allows {readable_memory(limit)}. Write "
+            "the embeddings with smaller row groups, lower index.nlist, or raise the limit."
         )
 
 
@@ -317,9 +337,9 @@ def plan_join(index: IndexDataset, work: JoinWork, k: int, speed: JoinSpeed) -> 
     tables = sum(part.file(".parquet").bytes for part in index.parts)
     pairs_out = layout.rows * k
     probed, refine = work.pairs / max(1, layout.rows), index.refine
-    by_codes = (
-        1.0 if refine is None else codes_over_pairs(probed, dim, refine * k, multiplies_bfloat16())
-    )
+    by_codes = 1.0
+    if refine is not None:
+        by_codes = codes_over_pairs(probed, dim, refine * k, nprobe, multiplies_bfloat16())
     seconds = (
         by_codes * work.pairs / speed.joined_pairs
         + index_bytes / speed.hashed_bytes

@@ -29,12 +29,16 @@ class Index(Section):
     )
     transform: Transform = Transform()
     nlist: AutoCount = Field(
-        None, description="Inverted lists. `kith build --plan` says what `auto` chooses, and why."
+        None,
+        description="Inverted lists. `auto` aims at the shortest night, build and join together, and "
+        "may choose few lists that are all searched; `kith build --plan` says what, and why. State a "
+        "number for an index that is to serve single queries online.",
     )
     nprobe: AutoCount = Field(
         None,
-        description="Lists searched for one query; `auto`: all up to 20,000 images, else calibrated "
-        "for `evaluate.min_recall` on real queries, or 4 sqrt(nlist) where nothing is promised.",
+        description="Lists searched for one query; `auto`: all where that makes the shorter night, as "
+        "for some ten thousand images, else calibrated for `evaluate.min_recall` on real queries, or "
+        "4 sqrt(nlist) where nothing is promised.",
     )
     shards: AutoCount = Field(
         None,

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from index_builder.search.join import MOST_NEIGHBORS
 from pipelines.sections.base import AutoCount, AutoCountOrZero, Section
 from pipelines.sections.rules import Rules
 
@@ -11,7 +12,7 @@ from pipelines.sections.rules import Rules
 class Join(Section):
     """The all-against-all join."""
 
-    k: int = Field(20, ge=1, le=10_000, description="Neighbours of each item.")
+    k: int = Field(20, ge=1, le=MOST_NEIGHBORS, description="Neighbours of each item.")
     rules: Rules = Rules()
     max_probe: AutoCountOrZero = Field(
         None,

@@ -18,7 +18,7 @@ def test_a_missed_promise_raises_refine_with_nprobe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So few images would be compared all with all otherwise.
-    monkeypatch.setattr(index_spec, "_EXACT_ROWS", 0)
+    monkeypatch.setattr(index_spec, "LEAST_GAIN_OF_LISTS", 0)
     config = load(
         write_config(
             tmp_path / "c.yaml",

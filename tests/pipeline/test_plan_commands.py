@@ -53,7 +53,7 @@ def test_a_plan_of_what_would_be_refused(config: str, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 2
-    assert "index.memory_limit_gib allows 0.0" in capsys.readouterr().err
+    assert "index.memory_limit_gib allows 10.2 MiB. " in capsys.readouterr().err
 
 
 def test_merging_a_finished_index(

@@ -50,7 +50,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def probe_small_catalogues(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few images would be compared all with all otherwise."""
-    monkeypatch.setattr(index_spec, "_EXACT_ROWS", 0)
+    monkeypatch.setattr(index_spec, "LEAST_GAIN_OF_LISTS", 0)
 
 
 def configured(folder: Path, catalogue: Path, workspace: Path, **evaluate: Any) -> Config:

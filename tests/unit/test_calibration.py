@@ -125,7 +125,7 @@ def test_the_library_calibrates_without_excluded_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So small an index would be searched whole.
-    monkeypatch.setattr("index_builder.index.spec._EXACT_ROWS", 100)
+    monkeypatch.setattr("index_builder.index.spec.LEAST_GAIN_OF_LISTS", 0)
     base = clustered_catalogue(400, 16, centres=40)
     source = library.import_arrays(base.vectors, base.image_ids, str(tmp_path / "embeddings"))
     path = write_pairs(tmp_path / "p.parquet", [(name, "i0") for name in base.image_ids[1:]])

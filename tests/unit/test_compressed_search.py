@@ -227,8 +227,9 @@ def test_a_whole_run_by_the_library(built: Path, tmp_path: Path) -> None:
 def test_calibration_says_whether_codes_are_worth_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: float, refine: int | None
 ) -> None:
-    # As if 1,500 vectors were many, and codes faster or slower.
-    monkeypatch.setattr("index_builder.index.spec._EXACT_ROWS", 500)
+    # As if 1,500 vectors were many, and codes faster or slower once nprobe is known.
+    monkeypatch.setattr("index_builder.index.spec.LEAST_GAIN_OF_LISTS", 0)
+    monkeypatch.setattr("index_builder.index.spec.LEAST_GAIN", 0)
     monkeypatch.setattr("index_builder.steps.nprobe_choice.LEAST_GAIN", least)
     made = clustered_catalogue(1500, 128, 60)
     source = library.import_arrays(made.vectors, made.image_ids, str(tmp_path / "vectors"))

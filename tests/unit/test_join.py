@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from index_builder.errors import DatasetError
+from index_builder.index.kmeans import find_centroids
 from index_builder.index.shards import IndexDataset
 from index_builder.index.spec import IndexSpec, TransformSpec
 from index_builder.rules.rules import JoinRules
@@ -181,12 +183,17 @@ def test_a_large_list_is_split_and_the_rows_stay_the_same(tmp_path: Path) -> Non
     assert table.equals(join_all(whole, JoinSpec(15)))
 
 
-def test_lists_without_rows(tmp_path: Path) -> None:
-    # With nine rows in ten identical, k-means cannot fill its lists.
+def test_lists_without_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No vector with positive numbers alone is nearest to the opposite of one.
+    def with_opposites(*arguments: Any, **settings: Any) -> np.ndarray:
+        found = find_centroids(*arguments, **settings)
+        return np.concatenate([found, -found])
+
+    monkeypatch.setattr("index_builder.index.training.find_centroids", with_opposites)
     catalogue = gaussian_catalogue(400, 24, seed=6)
-    catalogue.vectors[:360] = catalogue.vectors[0]
-    index = build_index(tmp_path, catalogue, all_lists(60, shards=3))
-    assert np.diff(index.layout.list_offsets).min() == 0
+    catalogue.vectors[:] = np.abs(catalogue.vectors)
+    index = build_index(tmp_path, catalogue, all_lists(40, shards=3))
+    assert (np.diff(index.layout.list_offsets) == 0).sum() >= 20
     assert_exact(join_all(index, JoinSpec(10)), brute_force(index, catalogue), 10)
 
 
@@ -421,9 +428,15 @@ def test_a_changed_shard_is_refused(tmp_path: Path) -> None:
         join_shard(index, 1, JoinSpec(3))
 
 
-def test_k_below_one_is_refused() -> None:
+def test_k_that_no_task_can_keep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="k is 0, wanted at least 1"):
         JoinSpec(0)
+    with pytest.raises(ValueError, match=r"k is 1000000000, wanted at most 10000: .*\. Lower it\."):
+        JoinSpec(10**9)
+    # The most that there is has room for the evidence of its last one, too.
+    index = build_index(tmp_path, gaussian_catalogue(9, 4), IndexSpec(nlist=1))
+    table = join_all(index, JoinSpec(10_000, evidence=("margin",)))
+    assert table["neighbor_ids"].combine_chunks().value_lengths().to_pylist() == [8] * 9
 
 
 def test_clustered_rows_probe_few_shards(tmp_path: Path) -> None:

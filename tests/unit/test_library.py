@@ -1,6 +1,9 @@
 """The library's plain loop: interrupted, repeated, refused, and with a recall to reach."""
 
+import os
+import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from index_builder.datasets import manifests
 from index_builder.datasets.embeddings import EmbeddingSchema
 from index_builder.datasets.manifests import Manifest
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
-from index_builder.library import Goal, IndexSpec, JoinSpec, Metric, Promise
+from index_builder.library import Goal, IndexSpec, JoinSpec, Metric, Promise, TransformSpec
 from index_builder.steps import building, index_manifest, joining, queries
 from index_builder.steps.importing import import_arrays
 
@@ -46,6 +49,57 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 class Killed(Exception):
     """Raised where a run is to end."""
+
+
+@pytest.mark.parametrize("metric", [Metric.COSINE, Metric.EUCLIDEAN])
+def test_threads_do_not_change_a_byte(
+    metric: Metric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index_builder.steps.importing._PART_BYTES", 1)
+    monkeypatch.setattr("index_builder.steps.importing.ROW_GROUP_ROWS", 100)
+    corpus = write(tmp_path / "corpus", 700, normalize=metric is Metric.COSINE)
+    spec = IndexSpec(metric, nlist=8, nprobe=4, shards=3)
+    available = sorted(os.sched_getaffinity(0))
+    seen: dict[str, set[int]] = {}
+
+    def watch(name: str) -> None:
+        original = getattr(building, name)
+
+        def watched(*arguments: Any) -> Any:
+            seen.setdefault(name, set()).add(threading.get_ident())
+            return original(*arguments)
+
+        monkeypatch.setattr(building, name, watched)
+
+    watch("assign")
+    watch("build")
+    for cores in (1, 2, 5):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: (available * n)[:n])
+        seen.clear()
+        library.build(corpus, str(tmp_path / str(cores)), spec)
+        assert contents(tmp_path / str(cores)) == contents(tmp_path / "1")
+        own = {threading.get_ident()}
+        assert all((found == own) == (cores == 1) for found in seen.values())
+
+
+def test_threads_keep_to_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index_builder.steps.importing._PART_BYTES", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    corpus = write(tmp_path / "corpus", 300)
+    # A step takes 16 MiB beside its data: two fit, and no third.
+    goal = Goal(memory_limit_bytes=40 << 20)
+    taken = []
+    original = library.map_in_order
+
+    def watched(work: Any, items: Any, threads: int) -> Any:
+        taken.append(threads)
+        return original(work, items, threads)
+
+    monkeypatch.setattr(library, "map_in_order", watched)
+    library.build(corpus, str(tmp_path / "index"), SPEC, goal)
+    library.build(corpus, str(tmp_path / "more"), SPEC)
+    assert taken[0] == 2
+    assert taken[2:] == [16, 16]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +211,7 @@ def test_an_index_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> N
 
 def test_nprobe_is_chosen_for_a_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # So small an index would be searched whole.
-    monkeypatch.setattr("index_builder.index.spec._EXACT_ROWS", 100)
+    monkeypatch.setattr("index_builder.index.spec.LEAST_GAIN_OF_LISTS", 0)
     brands = {"brand": [f"b{row % 3}" for row in range(1500)]}
     corpus, index = write(tmp_path / "corpus", 1500, columns=brands), str(tmp_path / "index")
     goal = Goal(k=5, min_recall=0.9)
@@ -205,3 +259,37 @@ def test_queries_longer_than_the_index_s_scale_are_refused(tmp_path: Path) -> No
     unit = write(tmp_path / "unit", 40, seed=2)
     with pytest.raises(FingerprintError, match="normalize: the queries have True, the index False"):
         library.make_queries(unit, index, str(tmp_path / "unit-q"))
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "said"),
+    [
+        (IndexSpec, {"nlist": 0}, "IndexSpec.nlist is 0, wanted at least 1"),
+        (IndexSpec, {"nprobe": 0}, "IndexSpec.nprobe is 0, wanted at least 1"),
+        (IndexSpec, {"shards": -1}, "IndexSpec.shards is -1, wanted at least 1"),
+        (IndexSpec, {"training_rows": 0}, "IndexSpec.training_rows is 0, wanted at least 1"),
+        (IndexSpec, {"seed": -1}, "IndexSpec.seed is -1, wanted at least 0"),
+        (IndexSpec, {"metric": "euclidean"}, "'euclidean', wanted a Metric"),
+        (TransformSpec, {"kind": "PCA"}, "'PCA', wanted one of none, pca"),
+        (TransformSpec, {"kind": "pca", "dim": 0}, "TransformSpec.dim is 0, wanted at least 1"),
+        (Goal, {"k": 0}, "Goal.k is 0, wanted at least 1"),
+        (Goal, {"min_recall": 1.5}, "Goal.min_recall is 1.5, wanted 0 to 1"),
+        (Goal, {"memory_limit_bytes": 0}, "Goal.memory_limit_bytes is 0, wanted at least 1"),
+        (JoinSpec, {"k": 0}, "k is 0, wanted at least 1"),
+        (JoinSpec, {"k": 1, "threads": 0}, "threads is 0, wanted at least 1"),
+        (JoinSpec, {"k": 1, "max_probe": -1}, "max_probe is -1, wanted at least 0"),
+        (Promise, {"target": 1.5}, "Promise.target is 1.5, wanted 0 to 1"),
+        (Promise, {"sample": 0}, "Promise.sample is 0, wanted at least 1"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused_when_it_is_made(
+    made: Any, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        made(**options)
+
+
+def test_vectors_without_numbers_are_not_imported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"float32 \[3, 0\], wanted floats \[n, dim\]"):
+        import_arrays(np.empty((3, 0), np.float32), ["a", "b", "c"], str(tmp_path / "e"))
+    assert not (tmp_path / "e").exists()

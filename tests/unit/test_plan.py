@@ -13,11 +13,18 @@ from index_builder.datasets import embeddings, manifests
 from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError, DatasetError
 from index_builder.index.shards import IndexDataset, open_shard
-from index_builder.index.spec import Goal, IndexSpec, ResolvedSpec, TransformSpec
+from index_builder.index.spec import (
+    Goal,
+    IndexSpec,
+    ResolvedSpec,
+    TransformSpec,
+    readable_memory,
+)
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.recall import Promise
 from index_builder.rules.rules import JoinRules
-from index_builder.steps import plan
+from index_builder.steps import build_spec, building, nprobe_choice, plan
+from index_builder.steps.build_spec import BuildSpec, Retry
 from index_builder.steps.host_speed import HostSpeed, measure_host
 from index_builder.steps.plan import Source
 from pipelines.plan_report import readable_bytes, show_plan
@@ -50,9 +57,9 @@ def test_a_shard_that_does_not_fit_is_refused(nprobe: int) -> None:
         plan.check_memory(spec, LARGE)
     assert raised.value.exit_status == 2
     told = re.search(
-        r"^(Building|Joining) one shard would take (\d+\.\d\d) GiB \(2000000 vectors of 256 numbers, "
-        rf"nprobe {nprobe}, k 20\), index\.memory_limit_gib allows 1\.00\. Set index\.shards to auto "
-        r"or at least (\d+), or raise the limit\.$",
+        r"^(Building|Joining) one shard would take (\d+\.\d+) GiB \(2000000 vectors of 256 numbers, "
+        rf"nprobe {nprobe}, k 20\), index\.memory_limit_gib allows 1\.00 GiB\. Set index\.shards to "
+        r"auto or at least (\d+), or raise the limit\.$",
         str(raised.value),
     )
     assert told is not None, raised.value
@@ -221,3 +228,74 @@ def test_a_plan_for_people(index: IndexDataset) -> None:
 )
 def test_bytes_for_people(size: int, text: str) -> None:
     assert readable_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(1, "0.00 MiB"), (7 << 20, "7.00 MiB"), (64_424_509, "61.4 MiB"), (700 << 20, "700 MiB"),
+     (1 << 30, "1.00 GiB"), (47 << 28, "11.8 GiB"), (5000 << 30, "5,000 GiB")],
+)  # fmt: skip
+def test_memory_is_told_with_three_digits(size: int, text: str) -> None:
+    assert readable_memory(size) == text
+
+
+def test_a_higher_nprobe_gets_smaller_shards() -> None:
+    spec = limited(1 << 30, nlist=1000, training_rows=100_000)
+    assert spec.settled(spec.nprobe, None).shards == spec.shards
+    assert spec.settled(1, None).shards == spec.shards
+    settled = spec.settled(1000, None)
+    assert (settled.nprobe, settled.nlist) == (1000, 1000)
+    assert settled.shards > 2 * spec.shards
+    plan.check_memory(settled, LARGE)
+    with pytest.raises(ConfigError, match=r"nprobe 1000 of attempt 2"):
+        plan.check_memory(dataclasses.replace(settled, shards=spec.shards), LARGE, " of attempt 2")
+    # Proposals of a retry take room, too; shards as configured stay as they are.
+    assert spec.settled(spec.nprobe, 500).shards > spec.shards
+    assert limited(8 << 30, shards=3, nlist=1000).settled(1000, None).shards == 3
+
+
+def test_the_limit_counts_only_where_it_may_decide_the_shards() -> None:
+    source = Manifest(embeddings.KIND, "f", {}, [], (Part("p", "k", 100_000, (), {}),), {"dim": 32})
+
+    def identity(limit: int, request: IndexSpec, retry: Retry | None = None) -> str:
+        calibration = CalibrationSpec(Promise(0.95), 20, JoinRules())
+        goal = Goal(20, 0.95, limit)
+        return build_spec.index_identity(source, request, None, goal, calibration, retry)
+
+    few, many = IndexSpec(nlist=400), IndexSpec(nlist=400, shards=7)
+    large, huge = 600 << 20, 4 << 30
+    resolved = few.resolve(100_000, 32, Goal(20, 0.95, large))
+    assert resolved.shards == few.resolve(100_000, 32, Goal(20, 0.95, huge)).shards
+    assert resolved.settled(400, None).shards > resolved.shards
+    assert identity(large, few) != identity(huge, few)
+    assert identity(huge, few) == identity(2 * huge, few)
+    assert identity(large, many) == identity(huge, many)
+    # What a retry makes is known from the start.
+    again = Retry(2, 40, "first")
+    assert identity(large, few, again) == identity(huge, few, again)
+    again = Retry(2, 400, "first")
+    assert identity(large, few, again) != identity(huge, few, again)
+
+
+def test_an_nprobe_that_calibration_raised_is_checked_and_gets_its_shards(tmp_path: Path) -> None:
+    """What is built takes no more than the limit; with shards as configured it is refused."""
+    catalogue = clustered_catalogue(3000, 16, centres=40)
+    parts = tuple(write_embeddings(tmp_path / "source", catalogue))
+    goal = Goal(20, 0.99, 24 << 20)
+    calibration = CalibrationSpec(Promise(0.99), 20, JoinRules())
+    for given in (None, 1):
+        request = IndexSpec(nlist=300, shards=given)
+        resolved = dataclasses.replace(request.resolve(3000, 16, goal), nprobe=1, shards=1)
+        made = tmp_path / f"made-{given}"
+        spec = BuildSpec(
+            str(tmp_path / "source"), parts, resolved, str(made), "key", calibration=calibration
+        )
+        manifests.mark_part(spec.index_folder, Part("calibrated", "key", 0, (), {"nprobe": 290}))
+        settled = nprobe_choice.settled_spec(spec, 280)
+        assert settled.nprobe == 280
+        if given is None:
+            assert building.plan(spec, np.full(280, 11)).shards == settled.shards > 1
+            nprobe_choice.check_memory(spec, 280)
+        else:
+            with pytest.raises(ConfigError, match=r"one shard .* nprobe 280 by calibration, k 20\), "):
+                nprobe_choice.check_memory(spec, 280)

@@ -89,7 +89,8 @@ def test_embedding_needs_sources(tmp_path: Path) -> None:
             check(config)
         assert str(caught.value) == (
             "images.sources: missing. Embedding needs at least one source of images; "
-            "configs/local.yaml of the repository shows two."
+            "configs/local.yaml of the repository shows two. Of datasets that were made elsewhere name "
+            "the folders: --embeddings, --index, --neighbors."
         )
     assert not (tmp_path / "w").exists()
 

@@ -74,7 +74,7 @@ def test_row_groups_without_a_chosen_row_are_not_read(
     monkeypatch.setattr(embeddings.pq.ParquetFile, "read_row_group", watch)
     read_sample(str(tmp_path / "e"), parts, 2, seed=0)
     wanted = sorted({int(row) // 97 for row in sample_rows(600, 2, seed=0)})
-    assert read == wanted
+    assert sorted(read) == wanted
 
 
 def test_a_part_without_rows_is_passed_over(tmp_path: Path) -> None:

@@ -124,6 +124,28 @@ def test_single_images_and_equal_values_are_counted_exactly(tmp_path: Path) -> N
     assert 0 < lacking == sum(part.properties["widened"] for part in parts) < 90
 
 
+@pytest.mark.parametrize(
+    "rules", [JoinRules(same=("brand",)), JoinRules(candidates=(Condition("brand", equals="b0"),))]
+)
+def test_the_best_image_of_an_item_is_looked_for_though_another_was_found(
+    rules: JoinRules, tmp_path: Path
+) -> None:
+    # Eight items of ten images each that lie anywhere, four items a brand: in one shard the sums of
+    # items are what there is, but not of images.
+    base = gaussian_catalogue(80, 12, seed=3)
+    items = [f"item{row % 8}" for row in range(80)]
+    brands: list[str | None] = [f"b{row % 2}" for row in range(80)]
+    catalogue = Catalogue(base.vectors, base.image_ids, item_ids=items, brands=brands, sizes=base.sizes)
+    index = build_index(tmp_path / "i", catalogue, IndexSpec(nlist=8, nprobe=4, shards=1))
+    table, parts = joined(index, tmp_path / "n", JoinSpec(20, rules, max_probe=8))
+    whole, probed = (expected(index, catalogue, rules, 20, lists) for lists in (None, 4))
+    complete = [name for name in whole if len(probed[name][0]) == len(whole[name][0])]
+    assert any(probed[name] != whole[name] for name in complete)
+    assert found_neighbors(table) == whole
+    assert set(table["status"].to_pylist()) == {"exhausted"}
+    assert sum(part.properties["widened"] for part in parts) == 80
+
+
 def test_counts_are_upper_bounds_for_items_with_several_images(
     index: IndexDataset, catalogue: Catalogue
 ) -> None:
