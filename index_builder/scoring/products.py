@@ -26,6 +26,7 @@ from index_builder.scoring.native_products import (
     bfloat16_products,
     float32_products,
 )
+from index_builder.scoring.widening import widen_rows
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -193,12 +194,11 @@ def _declare(sgemm: Callable[..., None]) -> Callable[..., None]:
 
 
 def _flops(product: Product) -> float:
-    """Returns the rate of a product on one tile; of a native one what packs the tile counts, too."""
+    """Returns the rate of a product on a tile of float16 rows: packing or widening them counts."""
     m, n, d = _TIMED_SHAPE
-    rng = np.random.default_rng(0)
-    queries, corpus = (rng.normal(size=(rows, d)).astype(np.float32) for rows in (m, n))
-    out = np.empty((m, n), dtype=np.float32)
-    halves, rows = queries.astype(np.float16), np.arange(m)
+    halves = np.random.default_rng(0).normal(size=(m, d)).astype(np.float16)
+    queries, corpus = np.empty((m, d), dtype=np.float32), np.empty((n, d), dtype=np.float32)
+    out, rows = np.empty((m, n), dtype=np.float32), np.arange(m)
     packing = product.open(m, n, d) if isinstance(product, NativeProduct) else None
 
     def call() -> None:
@@ -207,6 +207,8 @@ def _flops(product: Product) -> float:
             packing.take_corpus(halves, rows[:n])
             packing.multiply(out)
         else:
+            widen_rows(halves, rows, queries)
+            widen_rows(halves, rows[:n], corpus)
             product.multiply(queries, corpus, out)
 
     call()
