@@ -16,9 +16,11 @@ from index_builder.datasets.embeddings import EmbeddingSchema
 from index_builder.datasets.manifests import Manifest, Part
 from index_builder.scoring.vectors import unit_float16
 
-ROWS, DIM, PARTS = 240_000, 448, 2
+ROWS, DIM, PARTS = 200_000, 448, 2
 GROUP_ROWS = 2048
-LIMIT = 80 << 20
+LIMIT = 64 << 20
+# What the data may add to what the kernels take: a quarter of the limit is left for those.
+MOST_OF_DATA = 48 << 20
 SETTINGS = {
     "index": {
         "memory_limit_gib": LIMIT / 2**30,
@@ -32,14 +34,21 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a configuration and made embeddings of 215 MB of numbers.
-
-    A small catalogue is built and joined first: compiling kernels, once a machine, takes memory, too.
-    """
-    small = make_catalogue(tmp_path_factory.mktemp("small"), 4 * GROUP_ROWS)
-    built, _ = kith(small, "build", "--embeddings", str(small / "embeddings"))
-    kith(small, "join", "--index", built["index"])
+    """A folder with a configuration and made embeddings of 179 MB of numbers."""
     return make_catalogue(tmp_path_factory.mktemp("bounded"), ROWS)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """What building and joining a small catalogue add to their processes: the kernels' own memory.
+
+    Compiling them, once a machine, takes more; so it is done before anything is measured.
+    """
+    for name in ("compiling", "compiled"):
+        small = make_catalogue(tmp_path_factory.mktemp(name), 4 * GROUP_ROWS)
+        built, _ = kith(small, "build", "--embeddings", str(small / "embeddings"))
+        joined, _ = kith(small, "join", "--index", built["index"])
+    return {"build": added(built), "join": added(joined)}
 
 
 def make_catalogue(root: Path, count: int) -> Path:
@@ -91,28 +100,34 @@ def kith(folder: Path, *arguments: str) -> tuple[dict[str, Any], int]:
     return json.loads(document), int(peak) * 1024
 
 
-def check_prediction(name: str, result: dict[str, Any], peak: int) -> int:
-    """Holds predicted against actual; returns the memory that the stage added to its process."""
+def added(result: dict[str, Any]) -> int:
+    """Returns the memory that a stage added to its process, in bytes."""
+    actual = result["actual"]
+    return int(actual["memory_bytes"] - actual["memory_at_start_bytes"])
+
+
+def check_prediction(name: str, result: dict[str, Any], peak: int) -> None:
+    """Holds predicted against actual."""
     predicted, actual = result["predicted"], result["actual"]
     ratio = predicted["memory_bytes"] / actual["memory_bytes"]
     slower = actual["seconds"] / predicted["seconds"]
     print(f"{name}: memory predicted / actual {ratio:.2f}, time actual / predicted {slower:.2f}")
+    print(f"{name}: {added(result) / 2**20:.1f} MiB added")
     assert 1 / 1.3 < ratio < 1.3
     # Other work on the machine counts, so time is held loosely here.
     assert 0.1 < slower < 10
     # What the stage says of itself is what is seen from outside.
     assert actual["memory_bytes"] == pytest.approx(peak, rel=0.15)
-    added = int(actual["memory_bytes"] - actual["memory_at_start_bytes"])
-    print(f"{name}: {added / 2**20:.1f} MiB added")
-    return added
 
 
-def test_a_corpus_larger_than_the_limit(folder: Path) -> None:
+def test_a_corpus_larger_than_the_limit(folder: Path, kernels: dict[str, int]) -> None:
+    print({stage: f"{size / 2**20:.1f} MiB by kernels" for stage, size in kernels.items()})
     source = manifests.load(str(folder / "embeddings"), embeddings.KIND)
     assert source.bytes > 2.5 * LIMIT
     built, peak = kith(folder, "build", "--embeddings", str(folder / "embeddings"))
     assert built["rows"] == ROWS
-    assert check_prediction("build", built, peak) < LIMIT
+    check_prediction("build", built, peak)
+    assert added(built) - kernels["build"] < MOST_OF_DATA
     assert built["figures"]["shards"] >= 5
     index = manifests.load(built["index"], "index")
     assert index.properties["largest_shard_over_mean"] <= 1.2
@@ -121,7 +136,8 @@ def test_a_corpus_larger_than_the_limit(folder: Path) -> None:
 
     joined, peak = kith(folder, "join", "--index", built["index"])
     assert joined["figures"]["filled"] == ROWS
-    assert check_prediction("join", joined, peak) < LIMIT
+    check_prediction("join", joined, peak)
+    assert added(joined) - kernels["join"] < MOST_OF_DATA
     # The corpus is several times what any task of it took.
     assert index.bytes > 2.5 * LIMIT
 
