@@ -21,7 +21,7 @@ from benchmarks.embed import Ratio
 from benchmarks.join_figures import WHOLE, Run
 from benchmarks.join_session import SHORT_TURNS, Session
 from benchmarks.join_sets import TINY_ROWS
-from index_builder.index.spec import Method
+from index_builder.index.goals import Method
 
 EXACT, LIST_MAJOR, COMPRESSED = (
     method.value for method in (Method.EXACT, Method.LIST_MAJOR, Method.COMPRESSED)

@@ -23,8 +23,9 @@ from benchmarks.vectors import EMBEDDINGS_FOLDER
 from index_builder import library
 from index_builder.datasets import embeddings, manifests
 from index_builder.errors import KithError
+from index_builder.index.goals import Encoding, Method
 from index_builder.index.shards import IndexDataset, open_index, open_shard, read_shard_table
-from index_builder.index.spec import DEFAULT_REFINE, Encoding, IndexSpec, Method
+from index_builder.index.spec import DEFAULT_REFINE, IndexSpec
 from index_builder.recall import calibration
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.query_sample import choose_queries

@@ -14,8 +14,9 @@ from index_builder.datasets.suspects import drop_suspects
 from index_builder.datasets.unique_ids import check_unique_ids
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
 from index_builder.index import shards
+from index_builder.index.goals import Encoding, Goal, TransformSpec
 from index_builder.index.shards import IndexDataset, open_index
-from index_builder.index.spec import Encoding, Goal, IndexSpec, TransformSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.index.training import load_trained
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.evaluation import measure_recall

@@ -9,7 +9,8 @@ import dataclasses
 from pydantic import Field
 
 from index_builder.datasets.table_files import TableSpec
-from index_builder.index.spec import Encoding, Goal, IndexSpec, TransformSpec
+from index_builder.index.goals import Encoding, Goal, TransformSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.recall import Promise
 from index_builder.rules.rules import OWN_ITEM

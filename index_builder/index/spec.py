@@ -1,11 +1,12 @@
 """What index to build: the request, and the request resolved for a catalogue of a given size."""
 
 import dataclasses
-import enum
 import math
 from typing import Any
 
 from index_builder.errors import ConfigError
+from index_builder.index.goals import Encoding, Goal, Method, TransformSpec, require_least
+from index_builder.index.memory import join_row_bytes, readable_memory
 from index_builder.index.method_cost import (
     LEAST_GAIN,
     LEAST_GAIN_OF_LISTS,
@@ -15,7 +16,6 @@ from index_builder.index.method_cost import (
     vectors_cost,
 )
 from index_builder.index.product_quantizer import code_bytes
-from index_builder.index.proposals import room
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.products import multiplies_bfloat16
 
@@ -53,82 +53,6 @@ _CALIBRATED_SHARE = 0.25
 _PROBED_ROWS_PER_NEIGHBOR = 10
 
 
-_TRANSFORMS = ("none", "pca")
-
-
-def _require_least(spec: Any, name: str, least: int) -> None:
-    """Raises ValueError when a number of a spec is given and below the least that makes sense."""
-    got = getattr(spec, name)
-    if got is not None and got < least:
-        raise ValueError(
-            f"{type(spec).__name__}.{name} is {got}, wanted at least {least}. Raise it, or leave it "
-            "out."
-        )
-
-
-class Method(enum.StrEnum):
-    """How the nearest rows of a query are found.
-
-    exact: every list is searched. list_major: the nprobe nearest lists are, and rows are scored list
-    by list. compressed: the rows of these lists are looked through by codes of 4 bits for four numbers,
-    and the float16 vectors of the likeliest decide.
-    """
-
-    EXACT = "exact"
-    LIST_MAJOR = "list_major"
-    COMPRESSED = "compressed"
-
-
-class Encoding(enum.StrEnum):
-    """What of a row is looked at first: its vector, or a code of a sixteenth of its size."""
-
-    FLOAT16 = "float16"
-    COMPRESSED = "compressed"
-
-
-@dataclasses.dataclass(frozen=True)
-class Goal:
-    """What the choices aim at.
-
-    k neighbours with a recall of at least `min_recall` (0: not stated), made by tasks that take at
-    most `memory_limit_bytes` each. Raises ValueError.
-    """
-
-    k: int = 20
-    min_recall: float = 0.0
-    memory_limit_bytes: int = 8 << 30
-
-    def __post_init__(self) -> None:
-        _require_least(self, "k", 1)
-        _require_least(self, "memory_limit_bytes", 1)
-        if not 0 <= self.min_recall <= 1:
-            raise ValueError(
-                f"Goal.min_recall is {self.min_recall}, wanted 0 to 1. Give a share, such as 0.95."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformSpec:
-    """The index's linear transform: `none`, or `pca` to `dim` dimensions.
-
-    `eigen_power` scales each component by its eigenvalue to that power before normalising, in the
-    terms of FAISS's PCAMatrix: 0 keeps the plain PCA, -0.25 whitens by half, -0.5 in full. Raises
-    ValueError.
-    """
-
-    kind: str = "none"
-    dim: int = 256
-    eigen_power: float = -0.25
-
-    def __post_init__(self) -> None:
-        _require_least(self, "dim", 1)
-        if self.kind not in _TRANSFORMS:
-            raise ValueError(
-                f"TransformSpec.kind is {self.kind!r}, wanted one of {', '.join(_TRANSFORMS)}. Correct "
-                "it."
-            )
-
-
 @dataclasses.dataclass(frozen=True)
 class IndexSpec:
     """What the user asks for; None means that Kith chooses.
@@ -139,7 +63,7 @@ class IndexSpec:
     """
 
     metric: Metric = Metric.COSINE
-    transform: TransformSpec = TransformSpec()
+    transform: TransformSpec = TransformSpec()  # noqa: RUF009 (frozen)
     nlist: int | None = None
     nprobe: int | None = None
     shards: int | None = None
@@ -154,8 +78,8 @@ class IndexSpec:
                 f"IndexSpec.metric is {self.metric!r}, wanted a Metric. Give Metric({self.metric!r})."
             )
         for name in ("nlist", "nprobe", "shards", "training_rows"):
-            _require_least(self, name, 1)
-        _require_least(self, "seed", 0)
+            require_least(self, name, 1)
+        require_least(self, "seed", 0)
 
     def resolve(self, rows: int, encoder_dim: int, goal: Goal | None = None) -> "ResolvedSpec":
         """Chooses what was left open for a catalogue of `rows` vectors of `encoder_dim` numbers.
@@ -353,7 +277,7 @@ class ResolvedSpec:
     shards: int
     sample: int
     method: Method = Method.LIST_MAJOR
-    goal: Goal = Goal()
+    goal: Goal = Goal()  # noqa: RUF009 (frozen)
     reasons: tuple[str, ...] = ()
     may_have_codes: bool = False
 
@@ -448,26 +372,6 @@ class ResolvedSpec:
     def covariance_bytes(self) -> int:
         """Memory that learning the transform takes beside the sample."""
         return 0 if self.request.transform.kind == "none" else 4 * self.encoder_dim**2 * 8
-
-
-def join_row_bytes(dim: int, nprobe: int, k: int, refine: int | None = None) -> int:
-    """Memory that one row of a shard takes in the task that joins it, with a shard of equal size.
-
-    As a query: its float16 code, its probes twice, and k slots of score, row and id, which become
-    Arrow columns at the end (105 bytes a slot were seen, with ids of 18 bytes); or, before there
-    are slots and a corpus, 17 bytes a probe while Parquet decodes them (seen), if that is more. As a
-    row of the corpus: its code, mapped, and about 100 bytes of id, norm and rule codes. With codes of
-    4 bits there are those, mapped and prepared, and room for its proposals.
-    """
-    plain = 2 * dim + max(8 * nprobe + 105 * k + 2 * dim + 100, 17 * nprobe)
-    return plain if refine is None else plain + code_bytes(dim) + dim // 4 + 8 * room(refine * k)
-
-
-def readable_memory(size: int) -> str:
-    """Returns bytes of memory in GiB, or in MiB where they are less than one, with three digits."""
-    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
-    number = size / unit
-    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f} {name}"
 
 
 def _why_method(method: Method, rows: int, why: str) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_builder.errors import DatasetError
-from index_builder.index.spec import TransformSpec
+from index_builder.index.goals import TransformSpec
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.vectors import (
     check_scale,

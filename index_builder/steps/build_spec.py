@@ -9,8 +9,9 @@ from index_builder.datasets.fingerprints import fingerprint
 from index_builder.datasets.manifests import Manifest, Part
 from index_builder.datasets.table_files import MetadataTable
 from index_builder.index import shards
+from index_builder.index.goals import Goal
 from index_builder.index.sharding import IndexLayout
-from index_builder.index.spec import Goal, IndexSpec, ResolvedSpec
+from index_builder.index.spec import IndexSpec, ResolvedSpec
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.query_sample import QuerySample
 from index_builder.search.corpus import Corpus

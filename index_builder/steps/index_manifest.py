@@ -12,8 +12,8 @@ from index_builder.datasets.manifests import Manifest, Part
 from index_builder.datasets.metadata_table import count_used
 from index_builder.datasets.sampling import evaluation_overlaps_training
 from index_builder.index import assigned_parts, shards
+from index_builder.index.goals import Encoding, Method
 from index_builder.index.sharding import load_layout
-from index_builder.index.spec import Encoding, Method
 from index_builder.index.training import TrainedIndex, load_trained
 from index_builder.steps.build_spec import REVISION, BuildSpec, metadata_ingredient, shard_key
 from index_builder.steps.nprobe_choice import effective_nprobe, effective_refine, settled_calibration

@@ -20,15 +20,10 @@ from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError, DatasetError
 from index_builder.index import assigned_parts, product_quantizer
 from index_builder.index.kmeans import BLOCK_CLUSTERS
+from index_builder.index.memory import join_row_bytes, readable_memory
 from index_builder.index.method_cost import codes_over_pairs, probed_rows
 from index_builder.index.shards import IndexDataset, read_shard_table
-from index_builder.index.spec import (
-    MAX_POINTS_PER_CENTROID,
-    ResolvedSpec,
-    check_training_memory,
-    join_row_bytes,
-    readable_memory,
-)
+from index_builder.index.spec import MAX_POINTS_PER_CENTROID, ResolvedSpec, check_training_memory
 from index_builder.index.training import KMEANS_ITERATIONS
 from index_builder.scoring.products import multiplies_bfloat16
 from index_builder.search.join import probed_shards

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from index_builder.index.spec import TransformSpec
+from index_builder.index.goals import TransformSpec
 from index_builder.index.transform import learn_transform
 from index_builder.scoring.vectors import unit_float16
 from pipelines.nightly import run_nightly

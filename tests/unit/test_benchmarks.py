@@ -50,8 +50,9 @@ from benchmarks.peers import faiss_join, neighbors
 from benchmarks.peers.records import find_records, parse_example, read_record
 from index_builder import library
 from index_builder.errors import ConfigError
+from index_builder.index.goals import Encoding
 from index_builder.index.shards import open_index
-from index_builder.index.spec import Encoding, IndexSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.search.join import JoinSpec
 from pipelines.config import Config
 from transforms.encoders import efficientnet_lite0

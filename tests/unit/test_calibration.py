@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from index_builder import library
 from index_builder.index import training
 from index_builder.index.assignment import nearest_lists, places_of_lists
+from index_builder.index.goals import Goal
 from index_builder.index.shards import open_index
-from index_builder.index.spec import Goal, IndexSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.recall import Promise
 from index_builder.rules.conditions import Condition

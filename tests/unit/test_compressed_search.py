@@ -14,8 +14,10 @@ from index_builder import library
 from index_builder.errors import ConfigError, DatasetError
 from index_builder.index import code_sums
 from index_builder.index.code_sums import Lookup, supported_lookups
+from index_builder.index.goals import Encoding
+from index_builder.index.memory import join_row_bytes
 from index_builder.index.shards import IndexDataset, open_index
-from index_builder.index.spec import Encoding, IndexSpec, join_row_bytes
+from index_builder.index.spec import IndexSpec
 from index_builder.library import Condition, Goal, JoinRules, Metric, Promise
 from index_builder.search import compressed_search
 from index_builder.search.compressed_search import propose

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from index_builder.errors import DatasetError
+from index_builder.index.goals import TransformSpec
 from index_builder.index.kmeans import find_centroids
 from index_builder.index.shards import IndexDataset
-from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.rules.rules import JoinRules
 from index_builder.scoring import topk
 from index_builder.scoring.products import timed_products

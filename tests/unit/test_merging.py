@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from index_builder.errors import ConfigError, DatasetError
+from index_builder.index.goals import TransformSpec
 from index_builder.index.shards import IndexDataset, read_shard_table
-from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.scoring.metrics import Metric
 from index_builder.search.join import JoinSpec
 from index_builder.steps.merging import merge_shards

@@ -3,6 +3,8 @@
 import pytest
 
 from index_builder.index import method_cost
+from index_builder.index.goals import Encoding, Goal, Method
+from index_builder.index.memory import join_row_bytes
 from index_builder.index.method_cost import (
     LEAST_GAIN,
     Night,
@@ -11,7 +13,7 @@ from index_builder.index.method_cost import (
     probed_rows,
     vectors_cost,
 )
-from index_builder.index.spec import Encoding, Goal, IndexSpec, Method, join_row_bytes
+from index_builder.index.spec import IndexSpec
 from index_builder.index.training import KMEANS_ITERATIONS
 from index_builder.recall.recall import Promise
 

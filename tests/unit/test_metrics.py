@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from index_builder.datasets.storage import join
+from index_builder.index.goals import TransformSpec
 from index_builder.index.shards import read_shard_table
-from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.scoring.metrics import Metric
 from tests.index_fixtures import Catalogue, build_index, scattered_ids
 

@@ -12,14 +12,10 @@ from rich.console import Console
 from index_builder.datasets import embeddings, manifests
 from index_builder.datasets.manifests import Manifest, Part
 from index_builder.errors import ConfigError, DatasetError
+from index_builder.index.goals import Goal, TransformSpec
+from index_builder.index.memory import readable_memory
 from index_builder.index.shards import IndexDataset, open_shard
-from index_builder.index.spec import (
-    Goal,
-    IndexSpec,
-    ResolvedSpec,
-    TransformSpec,
-    readable_memory,
-)
+from index_builder.index.spec import IndexSpec, ResolvedSpec
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.recall import Promise
 from index_builder.rules.rules import JoinRules

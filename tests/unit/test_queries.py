@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from index_builder import library
 from index_builder.datasets import manifests
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
+from index_builder.index.goals import TransformSpec
 from index_builder.index.shards import IndexDataset, open_index
-from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.rules.exclusions import ExclusionSpec
 from index_builder.rules.rules import JoinRules
 from index_builder.scoring.vectors import unit_float16

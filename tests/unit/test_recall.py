@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from index_builder.datasets.sampling import evaluation_mask
 from index_builder.errors import GateError
 from index_builder.index import training
+from index_builder.index.goals import Method
 from index_builder.index.shards import IndexDataset
-from index_builder.index.spec import IndexSpec, Method
+from index_builder.index.spec import IndexSpec
 from index_builder.recall.calibration import CalibrationSpec, choose_nprobe
 from index_builder.recall.confidence import in_random_order, lower_bound, refutes
 from index_builder.recall.evaluation import measure_recall

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from index_builder.errors import ConfigError, DatasetError
+from index_builder.index.goals import TransformSpec
 from index_builder.index.shards import IndexDataset
-from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.vectors import unit_float16
 from index_builder.search.join import JoinSpec

@@ -14,8 +14,9 @@ from index_builder.datasets import manifests
 from index_builder.datasets.table_files import TableSpec, open_table
 from index_builder.errors import DatasetError
 from index_builder.index import assigned_parts, shards
+from index_builder.index.goals import TransformSpec
 from index_builder.index.shards import IndexDataset, open_index, open_shard
-from index_builder.index.spec import IndexSpec, TransformSpec
+from index_builder.index.spec import IndexSpec
 from index_builder.scoring.vectors import squared_norms, unit_float16
 from index_builder.search.join import JoinSpec
 from tests.index_fixtures import (

@@ -6,15 +6,9 @@ import pytest
 
 from index_builder.datasets.fingerprints import fingerprint
 from index_builder.errors import ConfigError
-from index_builder.index.spec import (
-    MIN_POINTS_PER_CENTROID,
-    Goal,
-    IndexSpec,
-    Method,
-    TransformSpec,
-    check_training_memory,
-    join_row_bytes,
-)
+from index_builder.index.goals import Goal, Method, TransformSpec
+from index_builder.index.memory import join_row_bytes
+from index_builder.index.spec import MIN_POINTS_PER_CENTROID, IndexSpec, check_training_memory
 from index_builder.scoring.metrics import Metric
 
 

@@ -7,12 +7,9 @@ import pytest
 
 from index_builder.errors import ConfigError, DatasetError
 from index_builder.index.assignment import nearest_lists
-from index_builder.index.spec import (
-    IndexSpec,
-    TransformSpec,
-    check_training_memory,
-    readable_memory,
-)
+from index_builder.index.goals import TransformSpec
+from index_builder.index.memory import readable_memory
+from index_builder.index.spec import IndexSpec, check_training_memory
 from index_builder.index.training import TrainedIndex, load_trained, save_trained, train_index
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.vectors import squared_norms, unit_float16

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from index_builder.errors import DatasetError
-from index_builder.index.spec import TransformSpec
+from index_builder.index.goals import TransformSpec
 from index_builder.index.transform import Transform, learn_transform
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.vectors import squared_norms, unit_float16
