@@ -66,7 +66,8 @@ class EvaluateNeighbors(beam.PTransform):
     """Measures a neighbours dataset and writes `evaluation.json`.
 
     Input: the pipeline's root. Output: the one Part of the evaluation dataset. With `corpus`, the
-    embeddings that the index was made of, recall is also measured in the encoder's own space.
+    embeddings that the index was made of, recall is also measured in the encoder's own space. What an
+    earlier, interrupted attempt finished is kept.
     """
 
     index_folder: str
@@ -80,6 +81,9 @@ class EvaluateNeighbors(beam.PTransform):
 
     def expand(self, root: beam.Pipeline) -> beam.PCollection[Part]:
         """Adds the branches, recall and statistics, and the step that writes all."""
+        finished = manifests.finished_part(self.evaluation_folder, PART_NAME, self.key)
+        if finished is not None:
+            return root | "Finished" >> beam.Create([finished])
         summary = (
             root
             | "ListParts" >> beam.Create(self.parts)

@@ -14,6 +14,7 @@ import posixpath
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -139,12 +140,30 @@ def scratch_folder(parent: str) -> Iterator[str]:
     """Yields a new local folder that is removed at the end: in `parent`, where that is local.
 
     A killed process leaves it there, to be removed with the `parent`, not in the system's folder.
+    What was missing of `parent` is made, and removed at the end where it is still empty.
     """
+    missing: list[Path] = []
     inside = None if is_remote(parent) else parent
     if inside is not None:
+        missing = [path for path in (Path(inside), *Path(inside).parents) if not path.exists()]
         os.makedirs(inside, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="kith-", dir=inside) as folder:
-        yield folder
+    try:
+        with tempfile.TemporaryDirectory(prefix="kith-", dir=inside) as folder:
+            yield folder
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def unnamed_file(folder: str | None) -> Iterator[str]:
+    """Yields a path to a new file that has no name and goes with this process, however that ends.
+
+    Its disk is that of a local `folder`, or of the system's folder of temporary files.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ candidates are another dataset; a join task then loads the pairs of its own quer
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -157,7 +156,7 @@ def prepare_exclusions(
     manifest = manifests.load_if_usable(folder, KIND, identity)
     if manifest is not None:
         return manifest
-    with tempfile.TemporaryDirectory(prefix="kith-exclusions-") as scratch:
+    with storage.scratch_folder(storage.join(folder, manifests.WORK_FOLDER)) as scratch:
         known = _split(files, queries, candidates, scratch)
         unknown = int(len(known) - known.sum())
         if unknown and not files.spec.ignore_unknown:

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable
 
@@ -76,9 +75,9 @@ def measure_host(
 ) -> HostSpeed:
     """Measures this host at `rows` vectors of `dim` numbers, nprobe of nlist lists and k neighbours.
 
-    Writes a small file into `folder`, or to the temporary folder where that is a bucket, and removes
-    it. Takes ten times `seconds_each` and what four calls of each cost. A small catalogue is measured
-    at small sizes, in the temporary folder, and once in a process.
+    Writes a small file without a name to the disk of `folder`, or of the temporary folder where that
+    is a bucket. Takes ten times `seconds_each` and what four calls of each cost. A small catalogue is
+    measured at small sizes, in the temporary folder, and once in a process.
     """
     if rows <= _SMALL_ROWS:
         return _measure_once(dim, nlist, nprobe, k, seconds_each)
@@ -117,8 +116,7 @@ def _measure_join(share: int, dim: int, k: int, folder: str | None, seconds_each
     all_of_them = 1 / _rate(1.0, lambda: nearest_lists(queries, large, k), seconds_each)
     further = max(all_of_them - first, all_of_them / 4)
     pairs = len(queries) * (len(large) - len(codes))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=storage.TEMPORARY_PREFIX) as place:
-        path = os.path.join(place, "speed.parquet")
+    with storage.unnamed_file(folder) as path:
         data = _write_codes(path, share, codes)
 
         def read() -> None:
@@ -152,8 +150,7 @@ def _measure(
     def rate(work: float, call: Callable[[], object]) -> float:
         return _rate(work, call, seconds_each)
 
-    with tempfile.TemporaryDirectory(dir=folder, prefix=storage.TEMPORARY_PREFIX) as place:
-        path = os.path.join(place, "speed.parquet")
+    with storage.unnamed_file(folder) as path:
         written = _FILE_ROWS // share * codes[0].nbytes
         return HostSpeed(
             **dataclasses.asdict(joined),

@@ -7,6 +7,7 @@ JSON request a line from standard input and answers each with one line.
 
 import ctypes
 import dataclasses
+import fnmatch
 import json
 import os
 import select
@@ -63,7 +64,8 @@ class KillableRuns:
 
         `after`: seconds after the start, wherever it is then. `at_write`: when its n-th file is about
         to get its final name, or just has got it (negative). `at_file`: when a file is about to get
-        this name. Fails where the run ends by itself with another status than 0, or never ends.
+        a name whose last parts match this pattern. Fails where the run ends by itself with another
+        status than 0, or never ends.
         """
         request = {"arguments": arguments, "after": after, "at_write": at_write, "at_file": at_file}
         assert self._server.stdin is not None
@@ -196,7 +198,7 @@ def _die_at(at_write: int, at_file: str, pipe: int) -> None:
     def dying_replace(source: str, target: str) -> None:
         nonlocal count
         count += 1
-        if at_file == os.path.basename(target) or count == abs(at_write):
+        if fnmatch.fnmatch(target, f"*/{at_file}") or count == abs(at_write):
             os.write(pipe, str(target).encode())
             if at_write < 0:
                 replace(source, target)

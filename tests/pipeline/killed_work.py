@@ -14,6 +14,8 @@ from transforms.encoders.keras_runtime import import_keras
 TONIGHT: dict[str, Any] = {
     "index": {"shards": 2, "transform": {"type": "pca", "dim": 8}},
     "join": {"k": 4},
+    "duplicates": {"threshold": 0.99},
+    "graph": {"enabled": True},
 }
 
 
@@ -103,6 +105,7 @@ class Work:
         assert [str(path) for path in workspace.rglob("_work")] == []
         hidden = {str(path.relative_to(workspace)) for path in workspace.rglob(".*")}
         assert hidden == {".lock"}
+        assert [str(path) for path in self.runs.temporary.rglob("*")] == []
 
     def kill_at_random(self, folder: Path, wanted: int, seed: int) -> Kills:
         """Kills runs at random moments of their time until so many were killed, and checks each end.

@@ -18,7 +18,9 @@ from tests.pipeline.killable_runs import KillableRuns, done_again, finished_file
 from tests.pipeline.killed_work import Tiny, Work
 from tests.pipeline.small_catalogue import dataset_bytes, load, session
 
-MOST_RUNS = 40
+MOST_RUNS = 50
+# In the order in which a night completes their datasets.
+STAGES = ("failures", "embeddings", "index", "groups", "neighbors", "evaluations", "exports", "graph")
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +59,26 @@ def test_killed_at_its_writes_it_gets_to_the_same_bytes(night: Work, tmp_path: P
     else:
         raise AssertionError(f"no run came to its end in {MOST_RUNS}")
     night.check(workspace)
-    assert len(list(workspace.rglob("_manifest.json"))) == 12
+    assert len(list(workspace.rglob("_manifest.json"))) == 6 + len(STAGES)
     assert Published(workspace).pointer["datasets"] != published["datasets"]
     # The kills were spread over all stages, so this was no rerun from the beginning.
     stages = {Path(name).relative_to(workspace).parts[0] for name in killed}
-    assert stages >= {"embeddings", "failures", "index", "neighbors", "exports"}
+    assert stages >= {"embeddings", "failures", "index", "groups", "neighbors", "exports", "graph"}
     assert len(killed) > 10
+
+
+def test_a_stage_killed_before_it_is_complete_keeps_all_parts(night: Work, tmp_path: Path) -> None:
+    workspace = night.prepare(tmp_path / "night")
+    finished = finished_files(workspace)
+    for kind in STAGES:
+        at = f"{kind}/*/_manifest.json"
+        assert night.runs.run(*night.arguments(workspace), at_file=at).killed, kind
+        now = finished_files(workspace)
+        assert done_again(finished, now) == [], kind
+        finished = now
+    night.runs.run(*night.arguments(workspace))
+    assert done_again(finished, finished_files(workspace)) == []
+    night.check(workspace)
 
 
 def test_killed_between_the_export_and_the_pointer(night: Work, tmp_path: Path) -> None:

@@ -128,6 +128,28 @@ def test_sweeping_removes_only_temporary_files(tmp_path: Path) -> None:
     assert names(tmp_path) == ["kept"]
 
 
+def test_a_scratch_folder_takes_what_it_made_away(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with (
+        pytest.raises(RuntimeError, match="failed"),
+        storage.scratch_folder(str(tmp_path / "there" / "a" / "b")) as folder,
+    ):
+        Path(folder, "file").write_bytes(b"x")
+        raise RuntimeError("failed")
+    assert names(tmp_path / "there") == []
+    with storage.scratch_folder(str(tmp_path / "there" / "a")) as folder:
+        Path(folder).parent.joinpath("of another").write_bytes(b"")
+    assert names(tmp_path / "there" / "a") == ["of another"]
+
+
+def test_an_unnamed_file_can_be_opened_and_is_nowhere(tmp_path: Path) -> None:
+    with storage.unnamed_file(str(tmp_path)) as path:
+        Path(path).write_bytes(b"content")
+        assert Path(path).read_bytes() == b"content"
+        assert names(tmp_path) == []
+    assert not os.path.exists(path)
+
+
 def test_content_token_follows_the_content(tmp_path: Path) -> None:
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     one.write_bytes(b"same")
