@@ -8,11 +8,12 @@ import dataclasses
 import threading
 
 import numpy as np
-import openvino
 from numpy.typing import NDArray
-from openvino import opset13 as opset
 
 from index_builder.errors import ConfigError
+from transforms.encoders.engines.openvino_engine import import_openvino
+
+openvino = import_openvino()
 
 # OpenVINO compiles a kernel for every new shape; steps leave it few.
 _STEP = 64
@@ -86,8 +87,8 @@ class BFloat16Product:
         if dim not in requests:
             with self._compiling:
                 if dim not in self._models:
-                    sides = [opset.parameter([-1, dim], np.float32) for _ in range(2)]
-                    product = opset.matmul(*sides, False, True)
+                    sides = [openvino.opset13.parameter([-1, dim], np.float32) for _ in range(2)]
+                    product = openvino.opset13.matmul(*sides, False, True)
                     model = openvino.Model([product], sides)
                     self._models[dim] = self._core.compile_model(model, "CPU", self._config)
             requests[dim] = self._models[dim].create_infer_request()

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transforms.encoders.engines.openvino_engine import import_openvino
+
 LIBRARIES = ("numpy", "scipy", "faiss", "tensorflow", "openvino")
 SECONDS = 0.7
 LEAST_REPEATS = 3
@@ -102,14 +104,12 @@ def _tensorflow_product(a: Floats, b: Floats, precision: str) -> Callable[[], An
 
 
 def _openvino_precisions() -> list[str]:
-    import openvino
-
-    found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    found = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ["float32", "bfloat16"] if "BF16" in found else ["float32"]
 
 
 def _openvino_product(a: Floats, b: Floats, precision: str, threads: int) -> Callable[[], Any]:
-    import openvino
+    openvino = import_openvino()
     from openvino import opset13 as opset
 
     rows = opset.parameter(a.shape, np.float32)

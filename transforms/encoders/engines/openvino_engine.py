@@ -2,6 +2,7 @@
 
 import os
 import queue
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -51,8 +52,7 @@ def load_openvino(
 
     Raises UnsupportedModelError for a model that OpenVINO cannot convert.
     """
-    import openvino
-
+    openvino = import_openvino()
     network = load()
     if not network.freeze:
         raise UnsupportedModelError(
@@ -81,12 +81,21 @@ def load_openvino(
     return OpenVinoEngine(compiled, batch_size, streams)
 
 
-def _convert(graph: Any) -> Any:
-    """Converts a TensorFlow graph to an OpenVINO model.
+def import_openvino() -> Any:
+    """Imports OpenVINO without its telemetry, which would report each import to a server.
 
-    What `openvino.convert_model` does of it, without reporting home: that starts a process which
-    looks for a server on the internet, outlives a killed worker, and waits where there is none.
+    That is done in a process forked from a thread beside other imports: it looks for the internet,
+    outlives a killed worker, and now and then it waits for a lock of the imports for ever.
     """
+    # With None in its place an import fails, and OpenVINO goes on without.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def _convert(graph: Any) -> Any:
+    """Converts a TensorFlow graph to an OpenVINO model: what `openvino.convert_model` does of it."""
     from openvino.frontend import FrontEndManager
     from openvino.frontend.tensorflow.graph_iterator import GraphIteratorTFGraph
 
