@@ -86,7 +86,10 @@ def _search_queries(
             shard.table if places is None else shard.table.take(pa.array(places)), spec.rules,
             single_images=index.single_images,
         )  # fmt: skip
-    return search_shards(index, queries, spec, home=number).rows
+    top = search_shards(index, queries, spec, home=number)
+    short = np.flatnonzero(top.counts < spec.k)
+    top.rows[short] = np.where(np.arange(spec.k) < top.counts[short, None], top.rows[short], -1)
+    return top.rows
 
 
 def refined(index: IndexDataset, refine: int | None) -> IndexDataset:

@@ -8,7 +8,9 @@ origin, metadata, squared norms and the nearest lists of each row.
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
@@ -274,8 +276,19 @@ class IndexShard:
 
     def codes(self) -> NDArray[np.float16]:
         """Returns all vectors of the shard in row order, float16 [rows, dim], as a copy."""
-        blocks = [self.list_codes(number) for number in self.lists]
-        return np.concatenate([np.empty((0, self.faiss_index.d), np.float16), *blocks])
+        first, last = self.layout.shard_rows(self.number)
+        copied = np.empty((last - first, self.faiss_index.d), dtype=np.float16)
+
+        def copy(numbers: NDArray[np.int64]) -> None:
+            for number in numbers.tolist():
+                start, stop = self.layout.list_rows(self.number, number)
+                copied[start:stop] = self.list_codes(number)
+
+        # Most of the time pages are mapped as they are touched first, which threads do side by side.
+        threads = len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(copy, np.array_split(np.asarray(self.lists), threads)))
+        return copied
 
     def ids(self) -> IdColumn:
         """Returns the image ids of the shard's rows."""

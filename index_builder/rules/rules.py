@@ -74,7 +74,7 @@ class JoinRules:
 
     @property
     def caps(self) -> tuple[int, ...]:
-        """The most kept candidates a value, parallel to `CandidateCodes.caps`: the item first."""
+        """The most kept candidates a value, by the item first."""
         return (ITEM_CAP, *(most for _, most in self.max_per))
 
     @property
@@ -198,7 +198,7 @@ class CandidateCodes:
 
     `same` int32 [s, n] and `different` int32 [t, n]: -1 is null, or a value that no query has.
     `excluded` int32 [n]: -1 where no query excludes it. `caps` int32 [c, n], parallel to
-    `JoinRules.caps`: the value that the cap counts, -1 where nothing is counted. `eligible` bool [n].
+    `RuleEncoder.caps`: the value that the cap counts, -1 where nothing is counted. `eligible` bool [n].
     """
 
     same: NDArray[np.int32]
@@ -261,10 +261,13 @@ class RuleEncoder:
         if rules.exclude is not None and exclusions is None:
             raise ValueError("the rules exclude pairs, but the task was given none to encode")
         self._rules = rules
-        self._single_images = single_images
         compared = (OWN_ITEM, *rules.same, *rules.different)
         self._values = {name: pc.unique(queries[name]).drop_null() for name in compared}
-        self._capped = [_Numbering() for _ in rules.capped_columns]
+        capped = zip(rules.capped_columns, rules.caps, strict=True)
+        kept = [one for one in capped if one[0] != OWN_ITEM or not single_images]
+        self._capped = [(name, _Numbering()) for name, _ in kept]
+        # The most kept candidates a value, parallel to `CandidateCodes.caps`.
+        self.caps = tuple(most for _, most in kept)
         self._exclusions = None
         if rules.exclude is not None and exclusions is not None:
             self._exclusions = _Exclusions(queries[rules.exclude.by], exclusions)
@@ -286,18 +289,15 @@ class RuleEncoder:
         if self._exclusions is not None:
             assert self._rules.exclude is not None
             excluded = self._exclusions.of_candidates(table[self._rules.exclude.by])
-        caps = np.full((len(self._capped), len(table)), -1, dtype=np.int32)
-        for row, (name, numbers) in enumerate(
-            zip(self._rules.capped_columns, self._capped, strict=True)
-        ):
-            if name != OWN_ITEM or not self._single_images:
-                caps[row] = numbers.encode(table[name])
+        caps = np.empty((len(self._capped), len(table)), dtype=np.int32)
+        for row, (name, numbers) in enumerate(self._capped):
+            caps[row] = numbers.encode(table[name])
         return CandidateCodes(same, different, excluded, caps, satisfied(self._rules.candidates, table))
 
     @property
     def cap_values(self) -> int:
         """How many values of capped columns are remembered."""
-        return sum(len(numbers) for numbers in self._capped)
+        return sum(len(numbers) for _, numbers in self._capped)
 
     def bound_caps(self, kept: NDArray[np.int32]) -> None:
         """Calls `forget_caps` once far more values are remembered than are kept."""
@@ -311,7 +311,7 @@ class RuleEncoder:
         place; codes that were given out before are void. So a task's memory does not grow with the
         corpus that it has seen.
         """
-        for codes, numbers in zip(kept, self._capped, strict=True):
+        for codes, (_, numbers) in zip(kept, self._capped, strict=True):
             used = np.unique(codes[codes >= 0])
             codes[codes >= 0] = np.searchsorted(used, codes[codes >= 0])
             numbers.keep(used)

@@ -1,8 +1,9 @@
-"""Scanning inverted lists: each thread owns ranges of the queries and runs every list for them.
+"""Scanning inverted lists: ranges of the queries run through the lists, one thread at a time each.
 
 For a list there is one matrix product of the queries of the range that probe it by the list's rows.
 The lists nearest to the queries come first, so that thresholds are tight before the rest. Threads
-share nothing but the lists: no barriers between lists, and products of one thread each.
+share nothing but the lists: no barriers between lists, and products of one thread each. Which range
+a thread is at, `query_ranges` says.
 """
 
 import contextlib
@@ -12,17 +13,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from index_builder.scoring.blocks import PreparedCandidates, PreparedQueries
 from index_builder.scoring.products import Product, single_threaded
+from index_builder.scoring.query_ranges import QueryRange, Schedule, count_ranges
 from index_builder.scoring.topk import Scorer, TopK
-
-# Queries of one range: enough that many probe the same list, few enough that threads end together.
-_MOST_RANGE_ROWS = 65536
-_LEAST_RANGE_ROWS = 1024
-_RANGES_A_THREAD = 3
 
 
 class ListScan:
@@ -45,21 +41,32 @@ class ListScan:
         self._idle: queue.SimpleQueue[Scorer] = queue.SimpleQueue()
         # Neighbouring queries probe the same lists.
         order = np.argsort(self._probes[:, 0], kind="stable").astype(np.int64)
-        rows = range_rows(len(order), threads)
-        self._ranges = [order[start : start + rows] for start in range(0, len(order), rows)]
+        self._threads = threads
+        at_once, rounds = count_ranges(len(order), threads)
+        ranges = np.array_split(order, at_once * rounds)
+        self._rounds = [ranges[first : first + at_once] for first in range(0, len(ranges), at_once)]
 
     def run(self, lists: range, candidates: Callable[[int], PreparedCandidates | None]) -> None:
         """Offers the rows of some lists to the queries that probe them.
 
         `candidates` returns the rows of a list, or None; several threads call it at once.
         """
+        schedule = Schedule(
+            [QueryRange(self._probes, rows, lists) for rows in ranges] for ranges in self._rounds
+        )
 
-        def scan(rows: NDArray[np.int64]) -> None:
-            with self._scorer() as scorer:
-                self._scan(scorer, rows, lists, candidates)
+        def work(_: int) -> None:
+            try:
+                with self._scorer() as scorer:
+                    while (found := schedule.acquire()) is not None:
+                        self._scan(scorer, found, candidates)
+                        schedule.release(found)
+            except BaseException:
+                schedule.stop()
+                raise
 
         # Exceptions of the threads are raised here.
-        for _ in self._pool.map(scan, self._ranges):
+        for _ in self._pool.map(work, range(self._threads)):
             pass
 
     @contextlib.contextmanager
@@ -76,19 +83,13 @@ class ListScan:
     def _scan(
         self,
         scorer: Scorer,
-        rows: NDArray[np.int64],
-        lists: range,
+        scanned: QueryRange,
         candidates: Callable[[int], PreparedCandidates | None],
     ) -> None:
-        for first, last in ((0, 1), (1, self._probes.shape[1])):
-            if first == last:
-                continue
-            offsets, probing = group_by_list(self._probes, rows, first, last, lists.start, lists.stop)
-            for place in np.flatnonzero(np.diff(offsets)):
-                found = candidates(lists.start + int(place))
-                if found is not None and found.distinct:
-                    slots = probing[offsets[place] : offsets[place + 1]]
-                    scorer.offer(self._top, slots, self._queries, slots, found)
+        for number, slots in scanned.take():
+            found = candidates(number)
+            if found is not None and found.distinct:
+                scorer.offer(self._top, slots, self._queries, slots, found)
 
     def count(self) -> None:
         """Adds the pairs proposed and scored so far to the figures of the top-k."""
@@ -118,40 +119,3 @@ def list_scan(
         scan = ListScan(top, queries, probes, pool, threads, product)
         yield scan
         scan.count()
-
-
-def range_rows(queries: int, threads: int) -> int:
-    """Returns how many queries make a range."""
-    fair = max(_LEAST_RANGE_ROWS, queries // (threads * _RANGES_A_THREAD))
-    return max(1, min(_MOST_RANGE_ROWS, fair, -(-queries // threads)))
-
-
-@njit(cache=True, nogil=True)
-def group_by_list(
-    probes: NDArray[np.int32],
-    rows: NDArray[np.int64],
-    first_column: int,
-    last_column: int,
-    first_list: int,
-    last_list: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Groups some rows of `probes` by the lists that they name in some columns.
-
-    Returns offsets int64 [lists + 1] and the rows that name each list, in the order of `rows`.
-    """
-    offsets = np.zeros(last_list - first_list + 1, dtype=np.int64)
-    for row in rows:
-        for column in range(first_column, last_column):
-            number = probes[row, column]
-            if first_list <= number < last_list:
-                offsets[number - first_list + 1] += 1
-    offsets = np.cumsum(offsets)
-    ends = offsets[:-1].copy()
-    grouped = np.empty(offsets[-1], dtype=np.int64)
-    for row in rows:
-        for column in range(first_column, last_column):
-            number = probes[row, column]
-            if first_list <= number < last_list:
-                grouped[ends[number - first_list]] = row
-                ends[number - first_list] += 1
-    return offsets, grouped

@@ -26,10 +26,10 @@ CORPUS_TILE_ROWS = 1024
 class TopK:
     """The k best neighbours so far of n queries, best first.
 
-    Ordered by score descending, then id bytes ascending. `scores` float32 [n, k] (-inf where
-    empty), `rows` int64 [n, k] (-1 where empty), `counts` int64 [n]. Of candidates that share a
-    value of capped column c, at most `caps[c]` are kept; an item's group must be within one group
-    of the next cap. `cap_codes` int32 [c, n, k] are the values kept (-1: none), in no order.
+    Ordered by score descending, then id bytes ascending. `counts` int64 [n] says how many of
+    `scores` float32 [n, k] and `rows` int64 [n, k] there are; beyond they are 0. Of candidates that
+    share a value of capped column c, at most `caps[c]` are kept; an item's group must be within one
+    group of the next cap. `cap_codes` int32 [c, n, k] are the values kept (-1: none), in no order.
 
     Memory: n k (16 + id_bytes + 4 c) bytes.
     """
@@ -46,8 +46,9 @@ class TopK:
         self.k = k
         self.metric = metric
         self.unscale = unscale
-        self.scores = np.full((queries, k), -np.inf, dtype=np.float32)
-        self.rows = np.full((queries, k), -1, dtype=np.int64)
+        # Zeros are pages that nobody has touched yet: those who write them first are several threads.
+        self.scores = np.zeros((queries, k), dtype=np.float32)
+        self.rows = np.zeros((queries, k), dtype=np.int64)
         self.counts = np.zeros(queries, dtype=np.int64)
         self.cap_codes = np.full((len(caps), queries, k), -1, dtype=np.int32)
         self.caps = np.asarray(caps, dtype=np.int64)

@@ -22,10 +22,14 @@ from index_builder.index.proposals import Proposals
 from index_builder.index.shards import IndexDataset, IndexShard, open_codes, open_shard
 from index_builder.rules.rules import CandidateCodes, QueryCodes, RuleEncoder
 from index_builder.scoring.blocks import Block
-from index_builder.scoring.list_scan import group_by_list, range_rows
+from index_builder.scoring.query_ranges import group_by_list
 
 # Scratch of a thread: the tables of its queries, and sums.
 _RANGE_BYTES = 8 << 20
+# Queries of a range: enough that many probe the same list, few enough that threads end together.
+_MOST_RANGE_ROWS = 65536
+_LEAST_RANGE_ROWS = 1024
+_RANGES_A_THREAD = 3
 _SUMS = 1 << 16
 # Lists after which thresholds are tighter.
 _FIRST_LISTS = (1, 8)
@@ -152,7 +156,7 @@ def query_ranges(
     """
     threads = threads or len(os.sched_getaffinity(0))
     order = np.argsort(probes[:, 0], kind="stable").astype(np.int64)
-    step = min(range_rows(len(order), threads), max(1, _RANGE_BYTES // row_bytes))
+    step = min(_range_rows(len(order), threads), max(1, _RANGE_BYTES // row_bytes))
     ranges = [order[start : start + step] for start in range(0, len(order), step)]
     with ThreadPoolExecutor(threads) as pool:
 
@@ -162,6 +166,12 @@ def query_ranges(
                 pass
 
         yield run
+
+
+def _range_rows(queries: int, threads: int) -> int:
+    """Returns how many queries make a range."""
+    fair = max(_LEAST_RANGE_ROWS, queries // (threads * _RANGES_A_THREAD))
+    return max(1, min(_MOST_RANGE_ROWS, fair, -(-queries // threads)))
 
 
 def _columns_in_turn(nprobe: int) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ from index_builder.rules.rules import JoinRules, QueryCodes, RuleEncoder
 from index_builder.scoring.blocks import Block, PreparedCandidates, PreparedQueries
 from index_builder.scoring.list_scan import list_scan
 from index_builder.scoring.products import Product
+from index_builder.scoring.query_ranges import count_probes
 from index_builder.scoring.topk import TopK
 from index_builder.search.compressed_search import propose
 from index_builder.search.groups import GroupsRef, with_groups
@@ -258,7 +259,12 @@ def _empty_top(index: IndexDataset, queries: Queries, spec: JoinSpec) -> TopK:
     transform = index.trained.transform
     wanted = slots(spec.k, spec.evidence)
     return TopK(
-        len(queries.block), wanted, index.id_bytes, transform.metric, transform.unscale, spec.rules.caps
+        len(queries.block),
+        wanted,
+        index.id_bytes,
+        transform.metric,
+        transform.unscale,
+        queries.encoder.caps,
     )
 
 
@@ -279,7 +285,7 @@ def _search_vectors(index: IndexDataset, queries: Queries, spec: JoinSpec, home:
 def probed_shards(index: IndexDataset, probes: NDArray[np.int32], home: int | None = None) -> list[int]:
     """Returns the shards that own a probed list: home first, then by the number of probes."""
     layout = index.layout
-    by_list = np.bincount(probes.reshape(-1), minlength=index.trained.nlist)
+    by_list = count_probes(probes, index.trained.nlist)
     weights = []
     for shard in range(layout.shards):
         first, last = layout.shard_lists(shard)

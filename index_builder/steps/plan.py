@@ -26,6 +26,7 @@ from index_builder.index.shards import IndexDataset, read_shard_table
 from index_builder.index.spec import MAX_POINTS_PER_CENTROID, ResolvedSpec, check_training_memory
 from index_builder.index.training import KMEANS_ITERATIONS
 from index_builder.scoring.products import multiplies_bfloat16
+from index_builder.scoring.query_ranges import count_probes
 from index_builder.search.join import probed_shards
 from index_builder.steps.host_speed import HostSpeed, JoinSpeed
 
@@ -318,7 +319,7 @@ def count_join_work(index: IndexDataset) -> JoinWork:
     for number in range(layout.shards):
         table = read_shard_table(index, number, ("probes",))
         probes = embeddings.list_matrix(table["probes"])
-        probing += np.bincount(probes.reshape(-1), minlength=index.trained.nlist)
+        probing += count_probes(probes, index.trained.nlist)
         touched += len(probed_shards(index, probes, number))
     pairs = int(probing @ np.diff(layout.list_offsets))
     return JoinWork(pairs, touched / layout.shards)
