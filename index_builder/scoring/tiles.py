@@ -263,6 +263,7 @@ def offer_tile(
     caps_address = kept_caps.ctypes.data
     bounds_address, q_lengths_address = bounds.ctypes.data, q_lengths.ctypes.data
     q_bits_address, q_norms_address = q_bits.ctypes.data, q_norms.ctypes.data
+    x_bits_address = x_bits.ctypes.data
     q_bytes = 2 * q_bits.shape[1]
     for i in range(min(GROUP, fast.shape[0])):
         prefetch(bounds_address + 8 * slots[i])
@@ -294,6 +295,10 @@ def offer_tile(
                 prefetch(q_norms_address + 8 * query_rows[i])
                 for line in range(0, min(q_bytes, _FETCHED_BYTES), 64):
                     prefetch(q_bits_address + query_rows[i] * q_bytes + line)
+                for c in range(start, end):
+                    x_address = x_bits_address + runs[first_run + found[c]] * q_bytes
+                    for line in range(0, min(q_bytes, _FETCHED_BYTES), 64):
+                        prefetch(x_address + line)
         for i in range(group, group_end):
             base = ends[i - group - 1] if i > group else 0
             left = ends[i - group] - base
@@ -430,8 +435,9 @@ def offer_tile(
                             place,
                         )
                         id_lengths[slot, place] = id_stop - id_start
-                        for byte in range(id_stop - id_start):
-                            ids[slot, place, byte] = id_data[id_start + byte]
+                        first_byte = np.uint64(id_start)
+                        for byte in range(np.uint64(id_stop - id_start)):
+                            ids[slot, place, byte] = id_data[first_byte + byte]
                         for cap in range(caps.shape[0]):
                             kept_caps[cap, slot, place] = x_caps[cap, x]
                         entered = True
