@@ -41,8 +41,8 @@ class ListScan:
         self._idle: queue.SimpleQueue[Scorer] = queue.SimpleQueue()
         # Neighbouring queries probe the same lists.
         order = np.argsort(self._probes[:, 0], kind="stable").astype(np.int64)
-        self._threads = threads
         at_once, rounds = count_ranges(len(order), threads)
+        self._workers = min(threads, at_once)
         ranges = np.array_split(order, at_once * rounds)
         self._rounds = [ranges[first : first + at_once] for first in range(0, len(ranges), at_once)]
 
@@ -66,7 +66,7 @@ class ListScan:
                 raise
 
         # Exceptions of the threads are raised here.
-        for _ in self._pool.map(work, range(self._threads)):
+        for _ in self._pool.map(work, range(self._workers)):
             pass
 
     @contextlib.contextmanager
