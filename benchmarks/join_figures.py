@@ -13,7 +13,7 @@ from benchmarks.figures import Figure, show_figures, show_machine, speed
 
 # The two rows of every method, and what only Kith has.
 SEARCH, WHOLE, LIBRARY, COMMAND = "search only", "from vectors", "library call", "kith join"
-KITH, KITH_HALF = "Kith", "Kith, bfloat16"
+KITH, KITH_HALF, KITH_BYTE = "Kith", "Kith, bfloat16", "Kith, int8"
 # Search only, over lists of one mean length whatever the rows.
 EQUAL_LISTS = "search only, equal lists"
 BATCH, IVF = "big_batch_search", "IndexIVFFlat"
@@ -113,18 +113,20 @@ class Summary:
         return found + list(self._growth())
 
     def _ratios(self, name: str) -> Iterable[Ratio]:
-        for row, mine, precision in (
-            (SEARCH, KITH, "float32"),
-            (WHOLE, KITH, ""),
-            (SEARCH, KITH_HALF, "bfloat16"),
+        for row, mine, precisions in (
+            (SEARCH, KITH, ("float32",)),
+            (WHOLE, KITH, ()),
+            (SEARCH, KITH_HALF, ("float32", "bfloat16")),
+            (SEARCH, KITH_BYTE, ("float32",)),
         ):
             kith = self.seconds(name, row, mine)
-            limit = self.limit(name, precision)
-            if limit is not None and kith:
-                yield Ratio(f"{name}: limit / {mine}, {row}", limit[0] / kith)
+            for precision in precisions:
+                limit = self.limit(name, precision)
+                if limit is not None and kith:
+                    yield Ratio(f"{name}: limit, {precision} / {mine}, {row}", limit[0] / kith)
             for method in dict.fromkeys(run.method for run in self._of(name, row)):
                 other = self.seconds(name, row, method)
-                if kith and other and method not in (KITH, KITH_HALF):
+                if kith and other and method not in (KITH, KITH_HALF, KITH_BYTE):
                     stopped = all(run.at_least for run in self._of(name, row) if run.method == method)
                     note = "at least" if stopped else self._recalls(name, row, method)
                     yield Ratio(f"{name}: {method} / {mine}, {row}", other / kith, note)

@@ -22,7 +22,7 @@ from benchmarks.peers.neighbors import Clock, peak_bytes, recall, timed_search, 
 from benchmarks.vectors import EMBEDDINGS_FOLDER
 from index_builder import library
 from index_builder.datasets import embeddings, manifests
-from index_builder.errors import KithError
+from index_builder.errors import ConfigError, KithError
 from index_builder.index.goals import Encoding, Method
 from index_builder.index.shards import IndexDataset, open_index, open_shard, read_shard_table
 from index_builder.index.spec import DEFAULT_REFINE, IndexSpec
@@ -141,16 +141,22 @@ def _about(index: IndexDataset) -> dict[str, Any]:
     return {"pairs": count_pairs(index), "note": note}
 
 
-def choose_product(precision: str, threads: int) -> Product:
+def choose_product(precision: str, index: str, threads: int) -> Product:
     """Returns the product that a row is measured with: the fastest of Kith's of that precision.
 
-    In bfloat16 that is the CPU's own where it has one, else OpenVINO's; `fastest` is what a join takes
-    on this host. Raises ConfigError on a CPU without bfloat16.
+    In bfloat16 that is the CPU's own where it has one, else OpenVINO's; `fastest` is what a join of
+    the index takes on this host. Raises ConfigError on a CPU without bfloat16 or products of integers.
     """
     if precision == "fastest":
-        return products.fastest_product()
+        with open_shard(open_index(index), 0, ()) as shard:
+            return products.product_for(shard.codes())
     if precision == "float32":
         return products.timed_products()[0].product
+    if precision == "int8":
+        rated = products.timed_integer_products()
+        if not rated:
+            raise ConfigError("this CPU has no products of 8-bit integers (VNNI)")
+        return rated[0].product
     offered = products.timed_bfloat16_products()
     if offered:
         return offered[0].product
@@ -161,7 +167,7 @@ def choose_product(precision: str, threads: int) -> Product:
 
 def search(options: argparse.Namespace) -> dict[str, Any]:
     """Times the search over a finished index."""
-    product = choose_product(options.precision, options.threads)
+    product = choose_product(options.precision, options.index or options.warm, options.threads)
     spec = JoinSpec(options.k, threads=options.threads, product=product)
     search_index(options.warm, spec)
     clock = Clock()
@@ -175,7 +181,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
 
 def sampled_search(options: argparse.Namespace) -> dict[str, Any]:
     """Times the search of a sample of the queries where that of all would take too long."""
-    product = choose_product(options.precision, options.threads)
+    product = choose_product(options.precision, options.index or options.warm, options.threads)
     spec = JoinSpec(options.k, threads=options.threads, product=product)
     search_index(options.warm, spec)
     index, clock, data = open_index(options.index), Clock(), Path(options.data)
@@ -262,7 +268,7 @@ def library_join(options: argparse.Namespace) -> dict[str, Any]:
 
 def whole(options: argparse.Namespace) -> dict[str, Any]:
     """Times everything from the embeddings' Parquet to neighbours, with the library alone."""
-    product = choose_product(options.precision, options.threads)
+    product = choose_product(options.precision, options.index or options.warm, options.threads)
     spec = JoinSpec(options.k, threads=options.threads, product=product)
     search_index(options.warm, spec)
     clock = Clock()
@@ -336,7 +342,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoding", type=Encoding, help="default: what Kith chooses")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--precision", choices=("float32", "bfloat16", "fastest"), default="float32")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "int8", "fastest"), default="float32"
+    )
     parser.add_argument("--refine", type=int, help="proposals for each neighbour, not the index's own")
     parser.add_argument("--target", type=float, default=0.0, help="recall that is aimed at")
     parser.add_argument("--search-seconds", type=float, default=math.inf,

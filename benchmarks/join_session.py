@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.join_figures import KITH, KITH_HALF, SEARCH, Run, run_of
+from benchmarks.join_figures import KITH, KITH_BYTE, KITH_HALF, SEARCH, Run, run_of
 from benchmarks.join_log import Log
 from benchmarks.join_options import LARGE_ROWS
 from benchmarks.join_runs import Catalogue
@@ -69,13 +69,17 @@ class Session:
     def search(
         self,
         catalogue: Catalogue,
-        methods: Sequence[str] = (KITH, KITH_HALF),
+        methods: Sequence[str] = (KITH, KITH_HALF, KITH_BYTE),
         row: str = SEARCH,
     ) -> None:
         """Measures the search of Kith's library alone."""
         given = ["--data", catalogue.about["folder"], "--index", catalogue.index]
         given += ["--warm", catalogue.tiny]
-        for precision, method in (("float32", KITH), ("bfloat16", KITH_HALF)):
+        for precision, method in (
+            ("float32", KITH),
+            ("bfloat16", KITH_HALF),
+            ("int8", KITH_BYTE),
+        ):
             if method in methods:
                 with self.skipping(f"{method}, {row}, {catalogue.about['name']}"):
                     found = self.part("search", *given, "--precision", precision)

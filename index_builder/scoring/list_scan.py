@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_builder.scoring.blocks import PreparedCandidates, PreparedQueries
-from index_builder.scoring.products import Product, single_threaded
+from index_builder.scoring.products import Product, product_for, single_threaded
 from index_builder.scoring.query_ranges import QueryRange, Schedule, count_ranges
 from index_builder.scoring.topk import Scorer, TopK
 
@@ -31,7 +31,7 @@ class ListScan:
         probes: NDArray[np.int32],
         pool: ThreadPoolExecutor,
         threads: int,
-        product: Product | None,
+        product: Product,
     ) -> None:
         self._top = top
         self._queries = queries
@@ -112,9 +112,10 @@ def list_scan(
     """Opens a scan for queries that probe the lists `probes`, int32 [n, nprobe], nearest first.
 
     Query i has slot i of `top`. `threads` defaults to the cores of this process, `product` to the
-    fastest product of the host. Memory: a Scorer a thread.
+    fastest product of the host for such queries. Memory: a Scorer a thread.
     """
     threads = threads or len(os.sched_getaffinity(0))
+    product = product or product_for(queries.vectors)
     with single_threaded(), ThreadPoolExecutor(threads) as pool:
         scan = ListScan(top, queries, probes, pool, threads, product)
         yield scan

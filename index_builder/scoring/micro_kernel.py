@@ -38,6 +38,47 @@ def has_bfloat16_kernel() -> bool:
     return LANES == 16 and cpu_features().get("avx512bf16", False)
 
 
+def stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add):
+    """Emits the loop of a micro-tile; returns where its sums are, by row and column of vectors.
+
+    `word` is the type of a word of the panels at addresses `a` and `b`, of `depth` words, a multiple of
+    UNROLL; `b_stride` leads from one panel of B to the next. The sums of a column begin with the vector
+    `begin[column]`. `multiply_add(builder, left, right, total)` makes new sums of vectors of words.
+    """
+    words = ir.VectorType(word, LANES)
+    undefined = ir.Constant(words, ir.Undefined)
+    everywhere = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+    columns = range(len(begin))
+
+    def constant(value):
+        return ir.Constant(_I64, value)
+
+    def load(base, offset, kind, align):
+        place = builder.inttoptr(builder.add(base, offset), ir.PointerType())
+        return builder.load(place, typ=kind, align=align)
+
+    panels = [builder.mul(b_stride, constant(column)) for column in columns]
+    tile = [(row, column) for row in range(TILE_ROWS) for column in columns]
+    sums = {place: cgutils.alloca_once(builder, begin[place[1]].type) for place in tile}
+    for place in tile:
+        builder.store(begin[place[1]], sums[place])
+    with cgutils.for_range(builder, builder.udiv(depth, constant(UNROLL)), intp=_I64) as loop:
+        from_a = builder.add(a, builder.mul(loop.index, constant(4 * TILE_ROWS * UNROLL)))
+        from_b = builder.add(b, builder.mul(loop.index, constant(4 * LANES * UNROLL)))
+        for step in range(UNROLL):
+            along = constant(4 * LANES * step)
+            right = [load(from_b, builder.add(along, panel), words, 4 * LANES) for panel in panels]
+            for row in range(TILE_ROWS):
+                one = load(from_a, constant(4 * (step * TILE_ROWS + row)), word, 4)
+                first = builder.insert_element(undefined, one, ir.Constant(_I32, 0))
+                left = builder.shuffle_vector(first, undefined, everywhere)
+                for column in columns:
+                    total = builder.load(sums[row, column], typ=begin[column].type)
+                    total = multiply_add(builder, left, right[column], total)
+                    builder.store(total, sums[row, column])
+    return sums
+
+
 @intrinsic(prefer_literal=True)
 def _micro_tile(typing_context, kind, vectors, a, b, b_stride, c, c_stride, depth, add):
     """C [TILE_ROWS, vectors * LANES] = A B, or += where `add` is not zero.
@@ -49,8 +90,6 @@ def _micro_tile(typing_context, kind, vectors, a, b, b_stride, c, c_stride, dept
     pairs = kind == types.uint32
     columns = range(vectors.literal_value)
     floats = ir.VectorType(_FLOAT, LANES)
-    word = _I32 if pairs else _FLOAT
-    words = ir.VectorType(word, LANES)
     numbers = ir.VectorType(BFloat16(), 2 * LANES)
 
     def multiply_add(builder, left, right, total):
@@ -65,52 +104,21 @@ def _micro_tile(typing_context, kind, vectors, a, b, b_stride, c, c_stride, dept
         def constant(value):
             return ir.Constant(_I64, value)
 
-        def address(*parts):
-            total = parts[0]
-            for part in parts[1:]:
-                total = builder.add(total, part)
-            return builder.inttoptr(total, ir.PointerType())
+        def address(row, column):
+            offset = builder.add(builder.mul(c_stride, constant(row)), constant(4 * LANES * column))
+            return builder.inttoptr(builder.add(c, offset), ir.PointerType())
 
         zeros = ir.Constant(floats, [0.0] * LANES)
-        undefined = ir.Constant(words, ir.Undefined)
-        everywhere = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-        panels = [builder.mul(b_stride, constant(column)) for column in columns]
-        tile = [(row, column) for row in range(TILE_ROWS) for column in columns]
-        sums = {place: cgutils.alloca_once_value(builder, zeros) for place in tile}
-        for place in tile:
-            builder.store(zeros, sums[place])
-        with cgutils.for_range(builder, builder.udiv(depth, constant(UNROLL)), intp=_I64) as loop:
-            from_a = builder.add(a, builder.mul(loop.index, constant(4 * TILE_ROWS * UNROLL)))
-            from_b = builder.add(b, builder.mul(loop.index, constant(4 * LANES * UNROLL)))
-            for step in range(UNROLL):
-                along = constant(4 * LANES * step)
-                right = [
-                    builder.load(address(from_b, along, panel), typ=words, align=4 * LANES)
-                    for panel in panels
-                ]
-                for row in range(TILE_ROWS):
-                    one = address(from_a, constant(4 * (step * TILE_ROWS + row)))
-                    first = builder.insert_element(
-                        undefined, builder.load(one, typ=word, align=4), ir.Constant(_I32, 0)
-                    )
-                    left = builder.shuffle_vector(first, undefined, everywhere)
-                    for column in columns:
-                        total = builder.load(sums[row, column], typ=floats)
-                        total = multiply_add(builder, left, right[column], total)
-                        builder.store(total, sums[row, column])
-        places = {
-            (row, column): address(
-                c, builder.mul(c_stride, constant(row)), constant(4 * LANES * column)
-            )
-            for row, column in tile
-        }
+        begin = [zeros for _ in columns]
+        word = _I32 if pairs else _FLOAT
+        sums = stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add)
+        places = {place: address(*place) for place in sums}
         with builder.if_then(builder.icmp_signed("!=", add, constant(0))):
-            for place in tile:
+            for place, total in sums.items():
                 before = builder.load(places[place], typ=floats, align=4)
-                total = builder.fadd(builder.load(sums[place], typ=floats), before)
-                builder.store(total, sums[place])
-        for place in tile:
-            builder.store(builder.load(sums[place], typ=floats), places[place], align=4)
+                builder.store(builder.fadd(builder.load(total, typ=floats), before), total)
+        for place, total in sums.items():
+            builder.store(builder.load(total, typ=floats), places[place], align=4)
         return context.get_dummy_value()
 
     signature = types.void(kind, vectors, *[types.intp] * 7)

@@ -29,6 +29,7 @@ from index_builder.scoring.micro_kernel import (
     multiply_panels,
 )
 from index_builder.scoring.panels import LANES, depth_of, pack_panels, panels_size, round_rows
+from index_builder.scoring.scores import error_bound
 
 _CACHE_LINE = 64
 _BFLOAT16_ROUNDOFF = 2.0**-8
@@ -36,6 +37,11 @@ _BFLOAT16_ROUNDOFF = 2.0**-8
 
 class Proposer(Protocol):
     """One thread's tiles: some queries, some corpus rows, and the product of the two."""
+
+    @property
+    def errors(self) -> NDArray[np.float32]:
+        """How far the products of each query may be off, relative to the lengths of their vectors."""
+        ...
 
     def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
         """Takes rows of `vectors` [n, d] as the tile of queries."""
@@ -50,8 +56,18 @@ class Proposer(Protocol):
         ...
 
 
-class _Native:
+class NativeProduct:
     """What the native products share; see index_builder.scoring.products.Product."""
+
+    @property
+    def name(self) -> str:
+        """What a log calls it."""
+        raise NotImplementedError
+
+    @property
+    def unit_roundoff(self) -> float:
+        """See Product."""
+        raise NotImplementedError
 
     def open(self, most_queries: int, most_corpus: int, dim: int) -> Proposer:
         """Returns a proposer for tiles of at most so many rows."""
@@ -71,7 +87,7 @@ class _Native:
 
 
 @dataclasses.dataclass(frozen=True)
-class VectorProduct(_Native):
+class VectorProduct(NativeProduct):
     """Products by vector instructions, of float32 numbers or of pairs of bfloat16 ones."""
 
     rounds: bool
@@ -88,11 +104,11 @@ class VectorProduct(_Native):
 
     def open(self, most_queries: int, most_corpus: int, dim: int) -> "PanelProposer":
         """Returns a proposer for tiles of at most so many rows."""
-        return PanelProposer(self.rounds, most_queries, most_corpus, dim)
+        return PanelProposer(self, most_queries, most_corpus, dim)
 
 
 @dataclasses.dataclass(frozen=True)
-class AmxProduct(_Native):
+class AmxProduct(NativeProduct):
     """Products by AMX tiles of bfloat16."""
 
     name: str = "AMX bfloat16"
@@ -101,9 +117,6 @@ class AmxProduct(_Native):
     def open(self, most_queries: int, most_corpus: int, dim: int) -> "AmxProposer":
         """Returns a proposer for tiles of at most so many rows."""
         return AmxProposer(most_queries, most_corpus, dim)
-
-
-NativeProduct = VectorProduct | AmxProduct
 
 
 @functools.cache
@@ -121,20 +134,35 @@ def bfloat16_products() -> tuple[NativeProduct, ...]:
     return tuple(found)
 
 
-class PanelProposer:
+class _RoundingProposer:
+    """What proposers share whose error follows from the type that they round to."""
+
+    def __init__(self, unit_roundoff: float, most_queries: int, dim: int) -> None:
+        self._errors = np.full(most_queries, error_bound(dim, unit_roundoff), dtype=np.float32)
+        self._taken = 0
+
+    @property
+    def errors(self) -> NDArray[np.float32]:
+        """See Proposer."""
+        return self._errors[: self._taken]
+
+
+class PanelProposer(_RoundingProposer):
     """A Proposer that packs float16 rows into panels of float32 numbers or of pairs of bfloat16."""
 
-    def __init__(self, rounds: bool, most_queries: int, most_corpus: int, dim: int) -> None:
-        kind, self._dims_a_word = (np.uint32, 2) if rounds else (np.float32, 1)
+    def __init__(self, product: VectorProduct, most_queries: int, most_corpus: int, dim: int) -> None:
+        super().__init__(product.unit_roundoff, most_queries, dim)
+        kind, self._dims_a_word = (np.uint32, 2) if product.rounds else (np.float32, 1)
         self._depth = depth_of(dim, self._dims_a_word, UNROLL)
-        self._queries = _aligned((panels_size(most_queries, TILE_ROWS, self._depth),), kind)
+        self._queries = aligned((panels_size(most_queries, TILE_ROWS, self._depth),), kind)
         # A tile of C is two panels wide, the last one too.
         corpus_rows = -(-most_corpus // TILE_COLUMNS) * TILE_COLUMNS
-        self._corpus = _aligned((panels_size(corpus_rows, LANES, self._depth),), kind)
-        self._edge = _aligned((TILE_ROWS, TILE_COLUMNS), np.float32)
+        self._corpus = aligned((panels_size(corpus_rows, LANES, self._depth),), kind)
+        self._edge = aligned((TILE_ROWS, TILE_COLUMNS), np.float32)
 
     def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
         """See Proposer."""
+        self._taken = len(rows)
         bits = vectors.view(np.uint16)
         pack_panels(bits, rows, TILE_ROWS, self._depth, self._dims_a_word, self._queries)
 
@@ -148,20 +176,22 @@ class PanelProposer:
         multiply_panels(self._queries, self._corpus, self._depth, self._edge, out)
 
 
-class AmxProposer:
+class AmxProposer(_RoundingProposer):
     """A Proposer that rounds float16 rows straight to tiles of bfloat16."""
 
     def __init__(self, most_queries: int, most_corpus: int, dim: int) -> None:
+        super().__init__(_BFLOAT16_ROUNDOFF, most_queries, dim)
         self._depth = depth_of(dim, 2, STEP // 2)
         query_rows = -(-most_queries // BLOCK_ROWS) * BLOCK_ROWS
-        self._queries = _aligned((query_rows, 2 * self._depth), np.uint16)
+        self._queries = aligned((query_rows, 2 * self._depth), np.uint16)
         corpus_rows = -(-most_corpus // BLOCK_COLUMNS) * BLOCK_COLUMNS
-        self._corpus = _aligned((panels_size(corpus_rows, BLOCK, self._depth),), np.uint32)
-        self._edge = _aligned((BLOCK_ROWS, BLOCK_COLUMNS), np.float32)
+        self._corpus = aligned((panels_size(corpus_rows, BLOCK, self._depth),), np.uint32)
+        self._edge = aligned((BLOCK_ROWS, BLOCK_COLUMNS), np.float32)
         self._configuration = tile_configuration()
 
     def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
         """See Proposer."""
+        self._taken = len(rows)
         round_rows(vectors.view(np.uint16), rows, self._queries)
 
     def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
@@ -173,7 +203,7 @@ class AmxProposer:
         multiply_tiles(self._queries, self._corpus, out, self._edge, self._configuration)
 
 
-def _aligned(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
+def aligned(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
     """Zeros that begin on a cache line: loads of a whole line are then of one."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     buffer = np.zeros(size + _CACHE_LINE, dtype=np.uint8)

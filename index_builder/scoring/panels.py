@@ -3,7 +3,7 @@
 A panel of r rows holds, for every dimension, the numbers of its r rows side by side, so that a kernel
 reads both operands from front to back (K. Goto and R. van de Geijn, "Anatomy of high-performance
 matrix multiplication", 2008). Its words are float32 numbers, or pairs of bfloat16 numbers (dimensions
-2 w and 2 w + 1), as VDPBF16PS and TDPBF16PS take them.
+2 w and 2 w + 1), as VDPBF16PS and TDPBF16PS take them, or four bytes, as VPDPBUSD does.
 """
 
 import numpy as np
@@ -82,10 +82,10 @@ def _interleave(typing_context, kind, addresses, offset, out, stride):
 
     `addresses` is that of LANES addresses of rows, `offset` (bytes) says where in them; word w of row i
     goes to out + w stride + 4 i. A stride below 4 LANES lets each word overwrite the end of the one
-    before: rows beyond the stride are dropped. Words are float32 numbers or, by the type of `kind`
-    (uint32), pairs of bfloat16.
+    before: rows beyond the stride are dropped. By the type of `kind` words are float32 numbers or pairs
+    of bfloat16 (uint32), both made of float16 rows, or words of the rows as they are (int32).
     """
-    pairs = kind == types.uint32
+    pairs, as_they_are = kind == types.uint32, kind == types.int32
     halves = ir.VectorType(_I16, LANES * (2 if pairs else 1))
 
     def generate(context, builder, signature, arguments):
@@ -98,6 +98,9 @@ def _interleave(typing_context, kind, addresses, offset, out, stride):
         for row in range(LANES):
             place = at(addresses, ir.Constant(_I64, 8 * row))
             start = builder.load(place, typ=_I64, align=8)
+            if as_they_are:
+                rows.append(builder.load(at(start, offset), typ=_WORDS, align=4))
+                continue
             floats = halves_to_floats(builder, builder.load(at(start, offset), typ=halves, align=2))
             words = _round_to_bfloat16(builder, floats) if pairs else floats
             rows.append(builder.bitcast(words, _WORDS))
@@ -153,6 +156,26 @@ def pack_panels(
                 for j in range(dim - whole):
                     tails[i, j] = bits[row, whole + j]
             _interleave(kind, ends.ctypes.data, 0, place, stride)
+
+
+@njit(cache=True, nogil=True)
+def interleave_words(
+    words: NDArray[np.int32], count: int, panel_rows: int, depth: int, out: NDArray[np.int32]
+) -> None:
+    """Packs the first `count` rows of words [n, depth or more] into panels of at most LANES rows.
+
+    Rows are as long as a multiple of LANES words; `out` has `panels_size` words. The last row stands
+    for those that a last panel lacks.
+    """
+    base, row_bytes, stride = words.ctypes.data, 4 * words.shape[1], 4 * panel_rows
+    rows = np.empty(LANES, dtype=np.int64)
+    for first in range(0, count, panel_rows):
+        for i in range(LANES):
+            rows[i] = base + min(first + min(i, panel_rows - 1), count - 1) * row_bytes
+        place = out.ctypes.data + first * 4 * depth
+        for start in range(0, depth, LANES):
+            _interleave(out[0], rows.ctypes.data, 4 * start, place, stride)
+            place += stride * LANES
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -2,7 +2,8 @@
 
 What this process has is timed once, with one thread, and the fastest is taken: the BLAS libraries that
 are loaded (NumPy's and SciPy's at least), which bring different OpenBLAS builds and choose different
-kernels for the same CPU, and Kith's own kernels for its vectors and its bfloat16, where it has any.
+kernels for the same CPU, and Kith's own kernels for its vectors, its bfloat16 and its products of
+8-bit integers, where it has any.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ import scipy.linalg.blas  # noqa: F401 (its BLAS is one of those compared)
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from index_builder.scoring.integer_products import integer_products
+from index_builder.scoring.integer_rows import MOST_DIM, mean_share
 from index_builder.scoring.native_products import (
     NativeProduct,
     bfloat16_products,
@@ -34,9 +37,15 @@ _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112
 _SYMBOLS = ("cblas_sgemm", "cblas_sgemm64_", "scipy_cblas_sgemm", "scipy_cblas_sgemm64_")
 # About one tile of a join.
 _TIMED_SHAPE = (384, 256, 512)
-_TIMED_CALLS = 5
-# In bfloat16 about a fifth more pairs are scored, and its larger bound needs looking at more of them.
+_TIMED_CALLS = 8
+# In bfloat16 about a fifth more pairs are scored, and its larger bound needs looking at more of them;
+# with integers nearly twice as many as in float32, which at 256 dimensions takes what they save.
 _WORTH_ROUNDING = 1.3
+_LEAST_INTEGER_DIM = 384
+# What rounding to integers may take of a vector: 0.008 of numbers that are spread normally. Where few
+# numbers are far larger than the others it takes more, and too many pairs are scored.
+_MOST_SHARE = 0.02
+_TRIED_VECTORS = 256
 
 
 class Product(Protocol):
@@ -107,8 +116,24 @@ class TimedProduct:
 _MEASURING = threading.Lock()
 
 
+def product_for(queries: NDArray[np.float16]) -> Product:
+    """Returns the product that a join of vectors [n, d] takes on this host.
+
+    That is `fastest_product`, or one of 8-bit integers where that is clearly faster still, for vectors
+    that lose little by it.
+    """
+    fastest, dim = fastest_product(), queries.shape[1]
+    rated = timed_integer_products()
+    if not rated or not len(queries) or not _LEAST_INTEGER_DIM <= dim <= MOST_DIM:
+        return fastest
+    if rated[0].flops <= _WORTH_ROUNDING * _rate(fastest):
+        return fastest
+    tried = np.linspace(0, len(queries) - 1, min(_TRIED_VECTORS, len(queries))).astype(np.int64)
+    return rated[0].product if mean_share(queries[tried]) <= _MOST_SHARE else fastest
+
+
 def fastest_product() -> Product:
-    """Returns the product that joins take on this host; the first call of a process measures.
+    """Returns the float32 or bfloat16 product that is best on this host; the first call measures.
 
     That is the fastest float32 product, unless one in bfloat16 is so much faster that it pays to score
     the pairs exactly that its larger error lets through.
@@ -122,6 +147,18 @@ def fastest_product() -> Product:
 def multiplies_bfloat16() -> bool:
     """Tells whether joins on this host take a product that rounds its inputs."""
     return fastest_product().unit_roundoff > 0
+
+
+def _rate(product: Product) -> float:
+    """Returns the rate of a product that was timed."""
+    timed = (*timed_products(), *timed_bfloat16_products())
+    return next(one.flops for one in timed if one.product is product)
+
+
+def timed_integer_products() -> tuple[TimedProduct, ...]:
+    """Returns the product of 8-bit integers of this CPU, if it has one; measured once a process."""
+    with _MEASURING:
+        return _time_integer_products()
 
 
 def timed_bfloat16_products() -> tuple[TimedProduct, ...]:
@@ -147,12 +184,18 @@ def _time_bfloat16_products() -> tuple[TimedProduct, ...]:
     return _fastest_first("bfloat16", bfloat16_products()[:1])
 
 
+@functools.cache
+def _time_integer_products() -> tuple[TimedProduct, ...]:
+    return _fastest_first("int8", integer_products())
+
+
 def _fastest_first(kind: str, products: Sequence[Product]) -> tuple[TimedProduct, ...]:
     with single_threaded():
-        timed = [TimedProduct(product, _flops(product)) for product in products]
+        rates = _rates(products)
+    timed = [TimedProduct(*pair) for pair in zip(products, rates, strict=True)]
     timed.sort(key=lambda one: -one.flops)
-    rates = ", ".join(f"{one.product.name} {one.flops / 1e9:.0f}" for one in timed)
-    _LOGGER.info("%s products, GFLOP/s a thread, fastest first: %s", kind, rates or "none")
+    found = ", ".join(f"{one.product.name} {one.flops / 1e9:.0f}" for one in timed)
+    _LOGGER.info("%s products, GFLOP/s a thread, fastest first: %s", kind, found or "none")
     return tuple(timed)
 
 
@@ -193,10 +236,28 @@ def _declare(sgemm: Callable[..., None]) -> Callable[..., None]:
     return sgemm
 
 
-def _flops(product: Product) -> float:
-    """Returns the rate of a product on a tile of float16 rows: packing or widening them counts."""
+def _rates(products: Sequence[Product]) -> list[float]:
+    """Returns the rates of products on a tile of float16 rows: packing or widening them counts.
+
+    They take turns, so that a moment in which the host does something else does not strike one alone.
+    """
     m, n, d = _TIMED_SHAPE
     halves = np.random.default_rng(0).normal(size=(m, d)).astype(np.float16)
+    calls = [_tile_call(product, halves) for product in products]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(_TIMED_CALLS):
+        for call, times in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return [2.0 * m * n * d / min(times) for times in seconds]
+
+
+def _tile_call(product: Product, halves: NDArray[np.float16]) -> Callable[[], None]:
+    """Returns what multiplies a tile of _TIMED_SHAPE from float16 rows."""
+    m, n, d = _TIMED_SHAPE
     queries, corpus = np.empty((m, d), dtype=np.float32), np.empty((n, d), dtype=np.float32)
     out, rows = np.empty((m, n), dtype=np.float32), np.arange(m)
     packing = product.open(m, n, d) if isinstance(product, NativeProduct) else None
@@ -211,13 +272,7 @@ def _flops(product: Product) -> float:
             widen_rows(halves, rows[:n], corpus)
             product.multiply(queries, corpus, out)
 
-    call()
-    seconds = []
-    for _ in range(_TIMED_CALLS):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * m * n * d / min(seconds)
+    return call
 
 
 class _SingleThreaded:

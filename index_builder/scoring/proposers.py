@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from index_builder.scoring.native_products import NativeProduct, Proposer
 from index_builder.scoring.products import Product
+from index_builder.scoring.scores import error_bound
 from index_builder.scoring.widening import widen_rows
 
 
@@ -16,6 +17,12 @@ class WideningProposer:
         self._queries = np.empty((most_queries, dim), dtype=np.float32)
         self._corpus = np.empty((most_corpus, dim), dtype=np.float32)
         self._rows = self._columns = 0
+        self._errors = np.full(most_queries, error_bound(dim, product.unit_roundoff), np.float32)
+
+    @property
+    def errors(self) -> NDArray[np.float32]:
+        """See Proposer."""
+        return self._errors[: self._rows]
 
     def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
         """See Proposer."""

@@ -27,11 +27,10 @@ _UNIT_ROUNDOFF = 2.0**-24
 
 
 class Scoring(NamedTuple):
-    """How a tile is scored: Metric.code, unscale, and the error bound of the product."""
+    """How a tile is scored: Metric.code and unscale."""
 
     metric: int
     unscale: float
-    error: float
 
 
 def error_bound(dim: int, unit_roundoff: float = 0.0) -> float:
@@ -77,21 +76,21 @@ def exact_score(metric: int, unscale: float, dot: float, q_norm: float, x_norm: 
 
 @njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 def threshold(scoring: Scoring, worst: float, q_norm: float) -> tuple[np.float32, np.float32]:
-    """Which exact products of a query may score `worst` or better: (a, b).
+    """Which products of a query may score `worst` or better: (a, b).
 
     A corpus vector of length u and offset v (|x|^2 / 2 for euclidean, else 0) is out when its fast
-    product f < a u + b + v, apart from the rounding of this test itself: see `slack`.
+    product f < (a - e |q|) u + b + v, where e bounds the error of f relative to |q| u, apart from the
+    rounding of this test itself: see `slack`.
     """
-    metric, unscale, error = scoring
-    length = np.sqrt(q_norm)
+    metric, unscale = scoring
     # Scores are rounded to float32: half a unit in the last place, or of the smallest number.
     least_score = worst - abs(worst) * 2.0**-23 - 2.0**-148
     if metric == _COSINE:
-        a, b = (least_score - error) * length, 0.0
+        a, b = least_score * np.sqrt(q_norm), 0.0
     elif metric == _INNER_PRODUCT:
-        a, b = -error * length, least_score / unscale
+        a, b = 0.0, least_score / unscale
     else:
-        a, b = -error * length, (q_norm + least_score / unscale) / 2
+        a, b = 0.0, (q_norm + least_score / unscale) / 2
     return np.float32(a), np.float32(b)
 
 

@@ -207,6 +207,7 @@ def id_precedes(
 @njit(cache=True, nogil=True, error_model="numpy")
 def offer_tile(
     fast: NDArray[np.float32],
+    errors: NDArray[np.float32],
     scoring: Scoring,
     slots: NDArray[np.int64],
     query_rows: NDArray[np.int64],
@@ -226,6 +227,7 @@ def offer_tile(
     Row i of the products `fast` [m, n] is row `query_rows[i]` of the queries and slot `slots[i]` of the
     heaps; column j is run `first_run + j` of the candidates, whose rows are numbered from `first_row`
     in the whole index, of length `lengths[j]` and with `offsets[j]` (|x|^2 / 2 for euclidean, else 0).
+    `errors[i]` bounds how far the products of row i are off, relative to the lengths of their vectors.
     `found` and `keys` are scratch of at least (GROUP + 1) n and n numbers.
 
     The kept entries are the best set under the caps, whatever the order of the offers: groups are
@@ -252,7 +254,7 @@ def offer_tile(
         id_offsets,
     ) = candidates
     scores, rows, counts, places, ids, id_lengths, kept_caps, bounds = heaps
-    metric, unscale, _ = scoring
+    metric, unscale = scoring
     k = scores.shape[1]
     columns = fast.shape[1]
     least, most, offset = lengths.min(), lengths.max(), offsets.max()
@@ -280,7 +282,9 @@ def offer_tile(
             a, b = bounds[slot, 0], bounds[slot, 1]
             start = end
             if b > -np.inf:
-                b = np.float32(b - slack(a, b, q_lengths[query_rows[i]], most, offset))
+                q_length = q_lengths[query_rows[i]]
+                a -= errors[i] * q_length
+                b = np.float32(b - slack(a, b, q_length, most, offset))
                 end = _collect(fast, i, lengths, offsets, a, b, found, end)
             ends[i - group] = end
             if end > start or b == -np.inf:
@@ -303,11 +307,13 @@ def offer_tile(
             base = ends[i - group - 1] if i > group else 0
             left = ends[i - group] - base
             slot, q = slots[i], query_rows[i]
-            a, b0 = bounds[slot, 0], bounds[slot, 1]
+            b0 = bounds[slot, 1]
             full = b0 > -np.inf
             if full and left == 0:
                 continue
             q_norm, q_length = q_norms[q], q_lengths[q]
+            error = errors[i] * q_length
+            a = bounds[slot, 0] - error
             off = slack(a, b0, q_length, most, offset) if full else 0.0
             b = np.float32(b0 - off)
             first_a, first_b = a, b
@@ -444,6 +450,7 @@ def offer_tile(
                     if entered and full:
                         a, b0 = threshold(scoring, np.float64(scores[slot, k - 1]), q_norm)
                         bounds[slot, 0], bounds[slot, 1] = a, b0
+                        a -= error
                         off = slack(a, b0, q_length, most, offset)
                         b = np.float32(b0 - off)
                         floor = least_key(cosine, a, b0, off, least, most, offset)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from index_builder.rules.rules import CandidateCodes, QueryCodes
 from index_builder.scoring.blocks import Block, IdColumn, PreparedCandidates, PreparedQueries
 from index_builder.scoring.metrics import Metric
-from index_builder.scoring.products import Product, fastest_product
+from index_builder.scoring.products import Product, product_for
 from index_builder.scoring.proposers import best_query_rows, open_proposer
-from index_builder.scoring.scores import Scoring, error_bound
+from index_builder.scoring.scores import Scoring
 from index_builder.scoring.tiles import GROUP, Heaps, offer_tile
 
 # At most; a product may want fewer queries.
@@ -80,7 +80,7 @@ class TopK:
         `slots` [m] says which of the n queries each row of `queries` is; `ids` and `first_row`
         belong to the corpus rows. No pair may be offered twice.
         """
-        scorer = Scorer(queries.vectors.shape[1], product)
+        scorer = Scorer(queries.vectors.shape[1], product or product_for(queries.vectors))
         candidates = PreparedCandidates.of(corpus, ids, first_row)
         rows = np.arange(len(queries), dtype=np.int64)
         scorer.offer(self, slots, PreparedQueries.of(queries), rows, candidates)
@@ -94,9 +94,7 @@ class Scorer:
     Memory: a tile of queries and one of the corpus as the product takes them, and one of products.
     """
 
-    def __init__(self, dim: int, product: Product | None = None) -> None:
-        product = product or fastest_product()
-        self._error = error_bound(dim, product.unit_roundoff)
+    def __init__(self, dim: int, product: Product) -> None:
         self._query_rows = min(QUERY_TILE_ROWS, best_query_rows(product))
         self._proposer = open_proposer(product, self._query_rows, CORPUS_TILE_ROWS, dim)
         self._fast = np.empty(self._query_rows * CORPUS_TILE_ROWS, dtype=np.float32)
@@ -119,7 +117,7 @@ class Scorer:
         No pair may be offered twice. Different threads may offer to different slots at the same
         time, each with its own scorer.
         """
-        scoring = Scoring(top.metric.code, top.unscale, self._error)
+        scoring = Scoring(top.metric.code, top.unscale)
         query_tiles = _even_tiles(len(rows), self._query_rows)
         arrays = candidates.arrays
         offsets = arrays.halves if top.metric is Metric.EUCLIDEAN else None
@@ -133,6 +131,7 @@ class Scorer:
                 self.proposed += fast.size
                 self.rescored += offer_tile(
                     fast,
+                    self._proposer.errors,
                     scoring,
                     slots[start:stop],
                     rows[start:stop],

@@ -611,7 +611,7 @@ def test_the_ratios_of_a_join() -> None:
     summary = Summary(runs, limits)
     ratios = {ratio.name: ratio for ratio in summary.ratios()}
     # 2 x 4 operations for each of 50 pairs, 200 a second: 2 seconds.
-    assert ratios["9 x 4: limit / Kith, search only"].value == pytest.approx(2 / 3)
+    assert ratios["9 x 4: limit, float32 / Kith, search only"].value == pytest.approx(2 / 3)
     assert ratios["9 x 4: peer / Kith, search only"].value == pytest.approx(2.0)
     assert ratios["9 x 4: peer / Kith, search only"].note == "recall 0.9700 against 0.9700: 1.0000"
     # At most 5 seconds of a start are left out.

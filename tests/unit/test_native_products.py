@@ -7,9 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from index_builder.index.assignment import nearest_lists
 from index_builder.scoring import products
+from index_builder.scoring.integer_products import IntegerProduct, integer_products
+from index_builder.scoring.integer_rows import MOST_DIM, mean_share
 from index_builder.scoring.intrinsics import cpu_features
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.native_products import (
@@ -21,14 +26,16 @@ from index_builder.scoring.products import (
     NumpyProduct,
     TimedProduct,
     fastest_product,
+    product_for,
     timed_products,
 )
 from index_builder.scoring.scores import error_bound
 from index_builder.scoring.vectors import squared_norms, unit_float16
 
-NATIVE = (*float32_products(), *bfloat16_products())
+NATIVE = (*float32_products(), *bfloat16_products(), *integer_products())
 pytestmark = pytest.mark.skipif(not NATIVE, reason="this CPU has no native products")
 ROUNDING = pytest.mark.skipif(not bfloat16_products(), reason="this CPU has no bfloat16 products")
+INTEGERS = pytest.mark.skipif(not integer_products(), reason="this CPU has no products of integers")
 OF_THIS_CPU = pytest.mark.parametrize("product", NATIVE, ids=lambda product: product.name)
 
 
@@ -39,8 +46,17 @@ def bfloat16(vectors: np.ndarray) -> np.ndarray:
     return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
+def integers(vectors: np.ndarray) -> np.ndarray:
+    """Rows rounded to 127ths of their largest number, as float64."""
+    rows = vectors.astype(np.float32)
+    scales = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+    return np.rint(rows * (1 / scales)).astype(np.float64) * scales
+
+
 def taken(product: NativeProduct, vectors: np.ndarray) -> np.ndarray:
     """The numbers that a product multiplies, as float64."""
+    if isinstance(product, IntegerProduct):
+        return integers(vectors)
     return bfloat16(vectors) if product.unit_roundoff else vectors.astype(np.float64)
 
 
@@ -67,17 +83,54 @@ def test_multiplies_any_shape(product: NativeProduct, m: int, n: int, dim: int) 
     np.testing.assert_allclose(out, rounded[:m] @ rounded[m:].T, rtol=0, atol=2 * error_bound(dim))
 
 
+def errors_of(
+    product: NativeProduct, vectors: np.ndarray, queries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How far products of the first rows by the others are off, relative to lengths; the bounds."""
+    count, dim = vectors.shape
+    proposer = product.open(queries, count - queries, dim)
+    proposer.take_queries(vectors, np.arange(queries))
+    proposer.take_corpus(vectors, np.arange(queries, count))
+    out = np.full((queries, count - queries), np.nan, dtype=np.float32)
+    proposer.multiply(out)
+    wide, lengths = vectors.astype(np.float64), np.sqrt(squared_norms(vectors))
+    off = np.abs(out - wide[:queries] @ wide[queries:].T)
+    lengths = np.outer(lengths[:queries], lengths[queries:])
+    # A product with a zero vector is exactly zero.
+    return np.divide(
+        off, lengths, out=np.where(off > 0, np.inf, 0.0), where=lengths > 0
+    ), proposer.errors
+
+
+@OF_THIS_CPU
+@settings(max_examples=60)
+@given(
+    arrays(
+        np.float16,
+        st.tuples(st.integers(2, 12), st.integers(1, 40)),
+        elements=st.floats(-1, 1, width=16),
+    ),
+    st.integers(-13, 0),
+)
+def test_keeps_the_bound_of_any_vectors(
+    product: NativeProduct, vectors: np.ndarray, exponent: int
+) -> None:
+    # Tiny numbers too: they lose what is below the smallest float16.
+    vectors = (vectors * np.float16(2.0**exponent)).astype(np.float16) + np.float16(0)
+    off, errors = errors_of(product, vectors, len(vectors) // 2)
+    assert (off <= errors[:, None]).all()
+
+
 @OF_THIS_CPU
 def test_keeps_the_bound_of_inputs_that_lose_the_most(product: NativeProduct) -> None:
     rng = np.random.default_rng(1)
     # Just above a power of two, where half a unit is the largest share of the number.
     vectors = ((1 + rng.uniform(2.0**-9, 2.0**-8, size=(100, 256))) / 16).astype(np.float16)
-    wide, norms = vectors.astype(np.float32), np.sqrt(squared_norms(vectors))
-    out = np.empty((40, 60), dtype=np.float32)
-    product.multiply(wide[:40], wide[40:], out)
-    off = np.abs(out - wide[:40].astype(np.float64) @ wide[40:].astype(np.float64).T)
-    worst = (off / np.outer(norms[:40], norms[40:])).max()
-    assert worst <= error_bound(256, product.unit_roundoff)
+    off, errors = errors_of(product, vectors, 40)
+    assert (off <= errors[:, None]).all()
+    worst = off.max()
+    if not isinstance(product, IntegerProduct):
+        assert worst <= error_bound(256, product.unit_roundoff)
     assert (worst > 100 * error_bound(256)) == (product.unit_roundoff > 0)
 
 
@@ -134,24 +187,68 @@ def test_joins_take_bfloat16_only_where_it_is_clearly_faster(monkeypatch: pytest
     assert fastest_product() is exact.product
 
 
+@INTEGERS
+def test_joins_take_integers_only_where_they_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = TimedProduct(NumpyProduct(), 100e9)
+    monkeypatch.setattr(products, "timed_products", lambda: (usual,))
+    monkeypatch.setattr(products, "timed_bfloat16_products", lambda: ())
+    of_integers = integer_products()[0]
+
+    def chosen(vectors: np.ndarray, rate: float) -> object:
+        rated = (TimedProduct(of_integers, rate),)
+        monkeypatch.setattr(products, "timed_integer_products", lambda: rated)
+        return product_for(vectors)
+
+    normal = np.random.default_rng(0).normal(size=(300, 1280)).astype(np.float16)
+    assert chosen(normal, 200e9) is of_integers
+    assert chosen(normal, 120e9) is usual.product
+    assert chosen(normal[:, :256], 200e9) is usual.product
+    assert chosen(normal[:0], 200e9) is usual.product
+    # One number far beyond the others leaves few integers for these.
+    spiked = normal.copy()
+    spiked[:, 7] = 60
+    assert mean_share(spiked) > 5 * mean_share(normal)
+    assert chosen(spiked, 200e9) is usual.product
+
+
+@INTEGERS
+def test_sums_of_integers_do_not_overflow() -> None:
+    # All numbers as large as can be: the largest sum.
+    vectors = np.full((4, MOST_DIM), 2.0**-8, dtype=np.float16)
+    vectors[3] *= -1
+    off, errors = errors_of(integer_products()[0], vectors, 2)
+    assert (off <= errors[:, None]).all()
+    with pytest.raises(ValueError, match=f"wanted at most {MOST_DIM}"):
+        integer_products()[0].open(1, 1, MOST_DIM + 1)
+
+
 @pytest.mark.skipif(not cpu_features().get("avx512f"), reason="the vectors of this CPU are not wider")
-def test_cpus_without_wide_vectors_get_narrower_ones(tmp_path) -> None:
+@pytest.mark.parametrize("vnni", [False, True])
+def test_cpus_without_wide_vectors_get_narrower_ones(vnni: bool, tmp_path) -> None:
+    if vnni and not cpu_features().get("avxvnni"):
+        pytest.skip("this CPU has no VNNI for narrower vectors")
     # Numba's own setting says what it compiles for; its cache is one a CPU.
-    code = """
+    code = f"""
 import numpy as np
+from index_builder.scoring.integer_products import integer_products
 from index_builder.scoring.native_products import bfloat16_products, float32_products
-assert [product.name for product in float32_products()] == ["AVX2 float32"]
+found = (*float32_products(), *integer_products())
+assert [product.name for product in found] == ["AVX2 float32", "AVX2 int8"][: {1 + vnni}]
 assert not bfloat16_products()
 rng = np.random.default_rng(0)
-for m, n, dim in ((1, 1, 1), (13, 33, 31), (50, 70, 700)):
-    vectors = rng.normal(size=(m + n, dim)).astype(np.float16).astype(np.float32)
-    out = np.full((m, n), np.nan, dtype=np.float32)
-    float32_products()[0].multiply(vectors[:m], vectors[m:], out)
-    np.testing.assert_allclose(out, vectors[:m] @ vectors[m:].T, rtol=0, atol=1e-3)
+for product, error in zip(found, (1e-6, 0.05)):
+    for m, n, dim in ((1, 1, 1), (13, 33, 31), (50, 70, 700)):
+        vectors = rng.normal(size=(m + n, dim)).astype(np.float16).astype(np.float32)
+        out = np.full((m, n), np.nan, dtype=np.float32)
+        product.multiply(vectors[:m], vectors[m:], out)
+        lengths = np.linalg.norm(vectors, axis=1)
+        off = np.abs(out - vectors[:m] @ vectors[m:].T) / np.outer(lengths[:m], lengths[m:])
+        assert off.max() < error, (product.name, off.max())
 """
+    features = "+avx,+avx2,+fma,+f16c,+sse4.2,+popcnt,+bmi,+bmi2" + ",+avxvnni" * vnni
     settings = {
         "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+sse4.2,+popcnt,+bmi,+bmi2",
+        "NUMBA_CPU_FEATURES": features,
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **settings})

@@ -168,13 +168,14 @@ def test_no_pair_that_is_good_enough_fails_the_test(data: st.DataObject) -> None
     lengths = np.sqrt(norms).astype(np.float32)
     offsets = (norms / 2 * (metric is Metric.EUCLIDEAN)).astype(np.float32)
     q_norm = float(squared_norms(q[None])[0])
-    scoring = Scoring(metric.code, unscale, error)
+    scoring, length = Scoring(metric.code, unscale), np.float32(np.sqrt(q_norm))
     dots = corpus.astype(np.float64) @ q.astype(np.float64)
     off = error * np.sqrt(q_norm * norms)
     for worst in scores:
         a, b = threshold(scoring, float(worst), q_norm)
+        a = np.float32(a - np.float32(error) * length)
         least, most, offset = lengths.min(), lengths.max(), offsets.max()
-        room = slack(a, b, np.float32(np.sqrt(q_norm)), most, offset)
+        room = slack(a, b, length, most, offset)
         floor = least_key(metric is Metric.COSINE, a, b, room, least, most, offset)
         b = np.float32(b - room)
         for sign in (-1.0, 0.0, 1.0):
