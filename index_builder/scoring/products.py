@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from index_builder.scoring.integer_products import integer_products
 from index_builder.scoring.integer_rows import MOST_DIM, mean_share
 from index_builder.scoring.native_products import (
+    AmxProduct,
     NativeProduct,
     bfloat16_products,
     float32_products,
@@ -120,15 +121,15 @@ def product_for(queries: NDArray[np.float16]) -> Product:
     """Returns the product that a join of vectors [n, d] takes on this host.
 
     That is `fastest_product`, or one of 8-bit integers where that is clearly faster still, for vectors
-    that lose little by it.
+    that lose little by it; AMX is as fast by itself, and then nothing else is compiled or timed.
     """
-    fastest, dim = fastest_product(), queries.shape[1]
+    fastest, (rows, dim) = fastest_product(), queries.shape
+    if isinstance(fastest, AmxProduct) or not rows or not _LEAST_INTEGER_DIM <= dim <= MOST_DIM:
+        return fastest
     rated = timed_integer_products()
-    if not rated or not len(queries) or not _LEAST_INTEGER_DIM <= dim <= MOST_DIM:
+    if not rated or rated[0].flops <= _WORTH_ROUNDING * _rate(fastest):
         return fastest
-    if rated[0].flops <= _WORTH_ROUNDING * _rate(fastest):
-        return fastest
-    tried = np.linspace(0, len(queries) - 1, min(_TRIED_VECTORS, len(queries))).astype(np.int64)
+    tried = np.linspace(0, rows - 1, min(_TRIED_VECTORS, rows)).astype(np.int64)
     return rated[0].product if mean_share(queries[tried]) <= _MOST_SHARE else fastest
 
 
