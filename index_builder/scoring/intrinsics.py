@@ -137,19 +137,25 @@ if hardware_converts():
     half_to_float, half_dot = _converter(_by_hardware), _dot(_by_hardware)
 
 
-@intrinsic
-def prefetch(typing_context, address):
-    """Asks for the cache line of an address, to be read or written soon."""
+def _prefetcher(keep, doc):
+    def prefetch(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], ir.PointerType())
+            read, kept, data = (ir.Constant(_I32, value) for value in (0, keep, 1))
+            function = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+            declared = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+            builder.call(declared, [pointer, read, kept, data])
+            return context.get_dummy_value()
 
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], ir.PointerType())
-        read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
-        function = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-        declared = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-        builder.call(declared, [pointer, read, keep, data])
-        return context.get_dummy_value()
+        return types.void(types.intp), generate
 
-    return types.void(types.intp), generate
+    prefetch.__doc__ = doc
+    return intrinsic(prefetch)
+
+
+prefetch = _prefetcher(3, "Asks for the cache line of an address, to be read or written soon.")
+# More than the first cache holds would push out what is being read.
+prefetch_near = _prefetcher(2, "Asks for the cache line of an address, into the second cache.")
 
 
 @intrinsic

@@ -19,6 +19,8 @@ from index_builder.scoring.panels import LANES
 # Rows of a micro-tile; it is two vectors wide. 24 of 32 registers hold it, or 12 of 16.
 TILE_ROWS = 12 if LANES == 16 else 6
 TILE_COLUMNS = 2 * LANES
+# Parts of a micro-tile that are multiplied where a product ends in the middle of one.
+_THIRD, _TWO_THIRDS, _HALF = TILE_ROWS // 3, 2 * TILE_ROWS // 3, LANES // 2
 # Words of a row that one round of a loop takes; panels are as deep as a multiple of it.
 UNROLL = 4
 # Words of a panel that are multiplied before the next panel's turn comes: two of B are 40 kB.
@@ -38,16 +40,19 @@ def has_bfloat16_kernel() -> bool:
     return LANES == 16 and cpu_features().get("avx512bf16", False)
 
 
-def stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add):
+def stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add, rows=TILE_ROWS):
     """Emits the loop of a micro-tile; returns where its sums are, by row and column of vectors.
 
     `word` is the type of a word of the panels at addresses `a` and `b`, of `depth` words, a multiple of
     UNROLL; `b_stride` leads from one panel of B to the next. The sums of a column begin with the vector
-    `begin[column]`. `multiply_add(builder, left, right, total)` makes new sums of vectors of words.
+    `begin[column]`, as long as LANES or shorter: then the first lanes of a panel are multiplied.
+    `multiply_add(builder, left, right, total)` makes new sums of vectors of words; `rows` are the first
+    of a panel of A.
     """
-    words = ir.VectorType(word, LANES)
+    lanes = begin[0].type.count
+    words = ir.VectorType(word, lanes)
     undefined = ir.Constant(words, ir.Undefined)
-    everywhere = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+    everywhere = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
     columns = range(len(begin))
 
     def constant(value):
@@ -58,7 +63,7 @@ def stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add):
         return builder.load(place, typ=kind, align=align)
 
     panels = [builder.mul(b_stride, constant(column)) for column in columns]
-    tile = [(row, column) for row in range(TILE_ROWS) for column in columns]
+    tile = [(row, column) for row in range(rows) for column in columns]
     sums = {place: cgutils.alloca_once(builder, begin[place[1]].type) for place in tile}
     for place in tile:
         builder.store(begin[place[1]], sums[place])
@@ -67,8 +72,8 @@ def stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add):
         from_b = builder.add(b, builder.mul(loop.index, constant(4 * LANES * UNROLL)))
         for step in range(UNROLL):
             along = constant(4 * LANES * step)
-            right = [load(from_b, builder.add(along, panel), words, 4 * LANES) for panel in panels]
-            for row in range(TILE_ROWS):
+            right = [load(from_b, builder.add(along, panel), words, 4 * lanes) for panel in panels]
+            for row in range(rows):
                 one = load(from_a, constant(4 * (step * TILE_ROWS + row)), word, 4)
                 first = builder.insert_element(undefined, one, ir.Constant(_I32, 0))
                 left = builder.shuffle_vector(first, undefined, everywhere)
@@ -80,38 +85,42 @@ def stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add):
 
 
 @intrinsic(prefer_literal=True)
-def _micro_tile(typing_context, kind, vectors, a, b, b_stride, c, c_stride, depth, add):
-    """C [TILE_ROWS, vectors * LANES] = A B, or += where `add` is not zero.
+def _micro_tile(typing_context, kind, rows, columns, a, b, b_stride, c, c_stride, depth, add):
+    """C [rows, columns] = A B, or += where `add` is not zero.
 
     `a` and `b` are addresses of panels, `b_stride` leads from one panel of B to the next, `c_stride`
     from a row of C to the next, in bytes; `depth` is a multiple of UNROLL. By the type of `kind` words
-    are float32, or pairs of bfloat16 (uint32). `vectors` is a literal, 1 or 2.
+    are float32, or pairs of bfloat16 (uint32). `rows` is a literal of at most TILE_ROWS, `columns` one
+    of TILE_COLUMNS, LANES and half of LANES.
     """
     pairs = kind == types.uint32
-    columns = range(vectors.literal_value)
-    floats = ir.VectorType(_FLOAT, LANES)
-    numbers = ir.VectorType(BFloat16(), 2 * LANES)
+    lanes = min(columns.literal_value, LANES)
+    vectors = range(columns.literal_value // lanes)
+    floats = ir.VectorType(_FLOAT, lanes)
+    numbers = ir.VectorType(BFloat16(), 2 * lanes)
 
     def multiply_add(builder, left, right, total):
         if not pairs:
-            return call_llvm(builder, f"llvm.fma.v{LANES}f32", floats, [left, right, total])
+            return call_llvm(builder, f"llvm.fma.v{lanes}f32", floats, [left, right, total])
         arguments = [total, builder.bitcast(left, numbers), builder.bitcast(right, numbers)]
-        return call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats, arguments)
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
+        return call_llvm(builder, name, floats, arguments)
 
     def generate(context, builder, signature, arguments):
-        _, _, a, b, b_stride, c, c_stride, depth, add = arguments
+        _, _, _, a, b, b_stride, c, c_stride, depth, add = arguments
 
         def constant(value):
             return ir.Constant(_I64, value)
 
-        def address(row, column):
-            offset = builder.add(builder.mul(c_stride, constant(row)), constant(4 * LANES * column))
+        def address(row, vector):
+            offset = builder.add(builder.mul(c_stride, constant(row)), constant(4 * lanes * vector))
             return builder.inttoptr(builder.add(c, offset), ir.PointerType())
 
-        zeros = ir.Constant(floats, [0.0] * LANES)
-        begin = [zeros for _ in columns]
+        zeros = ir.Constant(floats, [0.0] * lanes)
+        begin = [zeros for _ in vectors]
         word = _I32 if pairs else _FLOAT
-        sums = stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add)
+        count = rows.literal_value
+        sums = stream_panels(builder, word, begin, a, b, b_stride, depth, multiply_add, count)
         places = {place: address(*place) for place in sums}
         with builder.if_then(builder.icmp_signed("!=", add, constant(0))):
             for place, total in sums.items():
@@ -121,7 +130,7 @@ def _micro_tile(typing_context, kind, vectors, a, b, b_stride, c, c_stride, dept
             builder.store(builder.load(total, typ=floats), places[place], align=4)
         return context.get_dummy_value()
 
-    signature = types.void(kind, vectors, *[types.intp] * 7)
+    signature = types.void(kind, rows, columns, *[types.intp] * 7)
     return signature, generate
 
 
@@ -136,34 +145,66 @@ def multiply_panels(
     """Writes the products of packed rows to out [m, n], C-contiguous.
 
     `a` holds panels of TILE_ROWS rows, `b` of LANES, both of `depth` words (see `pack_panels`); `b`
-    begins on a cache line, as does `edge`, scratch of [TILE_ROWS, TILE_COLUMNS].
+    begins on a cache line, as does `edge`, scratch of [TILE_ROWS, TILE_COLUMNS]. Less of a panel than
+    all of it is multiplied where a third or two of its rows, or half of its lanes, are enough.
     """
     m, n = out.shape
     kind = a[0]
-    stride = 4 * n
+    stride, edge_stride, place = 4 * n, 4 * TILE_COLUMNS, edge.ctypes.data
     cuts = -(-depth // _MOST_DEPTH)
     most = -(-depth // (cuts * UNROLL)) * UNROLL
     b_panel = 4 * LANES * depth
     for k in range(0, depth, most):
         deep = min(most, depth - k)
-        for j in range(0, n, TILE_COLUMNS):
+        j = 0
+        while j < n:
             right = b.ctypes.data + (j // LANES) * b_panel + 4 * LANES * k
+            # What is left over by whole vectors goes with them where it takes more than half of one.
+            wide = TILE_COLUMNS if n - j > LANES + _HALF else LANES
+            columns = min(wide, n - j)
             for i in range(0, m, TILE_ROWS):
                 left = a.ctypes.data + 4 * i * depth + 4 * TILE_ROWS * k
-                rows, columns = min(TILE_ROWS, m - i), min(TILE_COLUMNS, n - j)
+                rows = min(TILE_ROWS, m - i)
                 if rows == TILE_ROWS and columns == TILE_COLUMNS:
-                    place = out.ctypes.data + i * stride + 4 * j
-                    _micro_tile(kind, 2, left, right, b_panel, place, stride, deep, k)
+                    whole = out.ctypes.data + i * stride + 4 * j
+                    _micro_tile(
+                        kind, TILE_ROWS, TILE_COLUMNS, left, right, b_panel, whole, stride, deep, k
+                    )
                     continue
                 if k > 0:
                     for row in range(rows):
                         for column in range(columns):
                             edge[row, column] = out[i + row, j + column]
-                place = edge.ctypes.data
-                if columns > LANES:
-                    _micro_tile(kind, 2, left, right, b_panel, place, 4 * TILE_COLUMNS, deep, k)
+                if columns <= _HALF:
+                    _micro_tile(
+                        kind, TILE_ROWS, _HALF, left, right, b_panel, place, edge_stride, deep, k
+                    )
+                elif columns <= LANES:
+                    _micro_tile(
+                        kind, TILE_ROWS, LANES, left, right, b_panel, place, edge_stride, deep, k
+                    )
+                elif rows <= _THIRD:
+                    _micro_tile(
+                        kind, _THIRD, TILE_COLUMNS, left, right, b_panel, place, edge_stride, deep, k
+                    )
+                elif rows <= _TWO_THIRDS:
+                    _micro_tile(
+                        kind,
+                        _TWO_THIRDS,
+                        TILE_COLUMNS,
+                        left,
+                        right,
+                        b_panel,
+                        place,
+                        edge_stride,
+                        deep,
+                        k,
+                    )
                 else:
-                    _micro_tile(kind, 1, left, right, b_panel, place, 4 * TILE_COLUMNS, deep, k)
+                    _micro_tile(
+                        kind, TILE_ROWS, TILE_COLUMNS, left, right, b_panel, place, edge_stride, deep, k
+                    )
                 for row in range(rows):
                     for column in range(columns):
                         out[i + row, j + column] = edge[row, column]
+            j += columns

@@ -1,5 +1,6 @@
 """The CPU's own products: their error bound, any shape, threads, and the same neighbours."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -81,6 +82,17 @@ def test_multiplies_any_shape(product: NativeProduct, m: int, n: int, dim: int) 
     rounded = taken(product, vectors)
     # Only sums of float32 are off; a wrong tile, row or pair would be by far more.
     np.testing.assert_allclose(out, rounded[:m] @ rounded[m:].T, rtol=0, atol=2 * error_bound(dim))
+
+
+@OF_THIS_CPU
+def test_multiplies_any_part_of_a_tile(product: NativeProduct) -> None:
+    vectors, _ = unit_float16(np.random.default_rng(3).normal(size=(70, 37)))
+    wide, rounded = vectors.astype(np.float32), taken(product, vectors)
+    wanted = rounded[:25] @ rounded[25:].T
+    for m, n in itertools.product((*range(1, 14), 24, 25), (*range(1, 35), 40, 41, 45)):
+        out = np.full((m, n), np.nan, dtype=np.float32)
+        product.multiply(wide[:m], wide[25 : 25 + n], out)
+        np.testing.assert_allclose(out, wanted[:m, :n], rtol=0, atol=2 * error_bound(37))
 
 
 def errors_of(
