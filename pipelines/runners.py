@@ -88,7 +88,8 @@ def _worker_environment(options: PipelineOptions) -> Environment | None:
 def run_pipeline(define: Define, spec: RunnerSpec) -> dict[str, int]:
     """Runs one pipeline to its end and returns its counters, `stage.name` to value.
 
-    Raises KithError, or the very kind of it that a worker raised, when the pipeline fails.
+    Raises KithError, or the very kind of it that a worker raised, when the pipeline fails, and
+    KeyboardInterrupt when somebody stopped it.
     """
     pipeline = make_pipeline(spec)
     define(pipeline)
@@ -125,13 +126,15 @@ _REMOTE_ERROR = re.compile(
 _SYSTEM_ERROR = re.compile(r"Error: (?P<text>\[Errno (?P<number>\d+)\] .*?)(?= \[while running|\n|\Z)")
 
 
-def _failure(error: Exception) -> Exception:
+def _failure(error: Exception) -> BaseException:
     """Returns what to raise for an exception that a pipeline ended with.
 
     The in-process runner passes a worker's exception on with a note of the step in its text; other
     runners send the text of a traceback, in which ours are found by name.
     """
     text = _WHILE_RUNNING.sub("", str(error))
+    if text == KeyboardInterrupt.__name__:
+        return KeyboardInterrupt()
     if isinstance(error, KithError):
         return type(error)(text)
     remote = _REMOTE_ERROR.search(str(error))

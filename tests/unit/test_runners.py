@@ -28,14 +28,14 @@ MESSAGE = "part-00003 of /data/index is damaged [3 of 4 rows]. Delete it:\nrun t
 class Raise(beam.DoFn):
     """Raises an error for each element."""
 
-    def __init__(self, make: Callable[[], Exception]) -> None:
+    def __init__(self, make: Callable[[], BaseException]) -> None:
         self._make = make
 
     def process(self, element: int) -> Iterator[int]:
         raise self._make()
 
 
-def run_raising(make: Callable[[], Exception]) -> None:
+def run_raising(make: Callable[[], BaseException]) -> None:
     def define(root: beam.Pipeline) -> None:
         _ = root | beam.Create([1]) | beam.Reshuffle() | "Break [it]" >> beam.ParDo(Raise(make))
 
@@ -67,6 +67,12 @@ def test_a_file_that_vanished_is_told_without_a_traceback(tmp_path: Path) -> Non
         "A worker was refused a file: [Errno 2] No such file or directory: '/data/a b'. Check the path "
         "and its permissions, then run again: finished parts are kept."
     )
+
+
+def test_an_interrupt_in_the_middle_of_a_step_is_one() -> None:
+    # Beam makes a RuntimeError of it.
+    with pytest.raises(KeyboardInterrupt):
+        run_raising(KeyboardInterrupt)
 
 
 def test_a_defect_stays_what_it_is() -> None:
