@@ -155,7 +155,7 @@ def _prefetcher(keep, doc):
 
 prefetch = _prefetcher(3, "Asks for the cache line of an address, to be read or written soon.")
 # More than the first cache holds would push out what is being read.
-prefetch_near = _prefetcher(2, "Asks for the cache line of an address, into the second cache.")
+prefetch_l2 = _prefetcher(2, "Asks for the cache line of an address, into the second cache.")
 
 
 @intrinsic

@@ -4,6 +4,7 @@ They take float16 rows as they lie, gather and pack them once a tile, and sum in
 scores exactly whatever comes near the threshold, so its result is the same bytes with any of them.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import Any, Protocol
@@ -56,22 +57,22 @@ class Proposer(Protocol):
         ...
 
 
-class NativeProduct:
+class NativeProduct(abc.ABC):
     """What the native products share; see index_builder.scoring.products.Product."""
 
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """What a log calls it."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def unit_roundoff(self) -> float:
         """See Product."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def open(self, most_queries: int, most_corpus: int, dim: int) -> Proposer:
         """Returns a proposer for tiles of at most so many rows."""
-        raise NotImplementedError
 
     def multiply(
         self, queries: NDArray[np.float32], corpus: NDArray[np.float32], out: NDArray[np.float32]

@@ -17,7 +17,7 @@ from index_builder.scoring.intrinsics import (
     float_bits,
     half_to_float,
     halves_to_floats,
-    prefetch_near,
+    prefetch_l2,
 )
 from index_builder.scoring.widening import prefetch_row
 
@@ -147,7 +147,7 @@ def pack_panels(
         for start in range(0, whole, wide):
             if 2 * start % _CACHE_LINE == 0:
                 for i in range(panel_rows):
-                    prefetch_near(ahead[i] + 2 * start)
+                    prefetch_l2(ahead[i] + 2 * start)
             _interleave(kind, here.ctypes.data, 2 * start, place, stride)
             place += stride * LANES
         if dim > whole:
