@@ -80,11 +80,14 @@ def _search_queries(
     """Searches for the rows of a shard, or for those at some places of it."""
     columns = ("image_id", *spec.rules.columns, "squared_norm", "probes")
     with open_shard(index, number, columns) as shard:
-        chosen = slice(None) if places is None else places
+        vectors, norms, probes, table = (
+            shard.vectors(), shard.squared_norms(), shard.probes(), shard.table
+        )  # fmt: skip
+        if places is not None:
+            vectors, norms = vectors.take(places), norms[places]
+            probes, table = probes[places], table.take(pa.array(places))
         queries = Queries.build(
-            shard.codes()[chosen], shard.squared_norms()[chosen], shard.probes()[chosen],
-            shard.table if places is None else shard.table.take(pa.array(places)), spec.rules,
-            single_images=index.single_images,
+            vectors, norms, probes, table, spec.rules, single_images=index.single_images,
         )  # fmt: skip
     top = search_shards(index, queries, spec, home=number)
     short = np.flatnonzero(top.counts < spec.k)
@@ -149,7 +152,7 @@ def choose_product(precision: str, index: str, threads: int) -> Product:
     """
     if precision == "fastest":
         with open_shard(open_index(index), 0, ()) as shard:
-            return products.product_for(shard.codes())
+            return products.product_for(shard.vectors())
     if precision == "float32":
         return products.timed_products()[0].product
     if precision == "int8":

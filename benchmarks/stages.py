@@ -119,7 +119,7 @@ class Bench:
         for number in shards:
             with open_shard(index, number, ("probes",)) as shard:
                 pairs += int(sizes[shard.probes()].sum())
-                blocks.append(shard.codes())
+                blocks.append(shard.vectors().matrix())
         vectors = np.ascontiguousarray(np.concatenate(blocks), dtype=np.float32)
         rows, dim = vectors.shape
         product_seconds = best_of(PRODUCT_REPEATS, lambda: vectors @ vectors.T)

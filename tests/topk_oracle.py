@@ -13,21 +13,37 @@ from index_builder.rules.rules import CandidateCodes, QueryCodes
 from index_builder.scoring.blocks import Block, IdColumn
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.topk import TopK
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.vectors import squared_norms, unit_float16
 
 METRICS = list(Metric)
 
 
+def spread(matrix: NDArray[np.float16], seed: int = 0) -> VectorRows:
+    """The rows of a matrix in another order in memory, with other bytes before and between them."""
+    rng = np.random.default_rng(seed)
+    rows, dim = matrix.shape
+    order, gaps = rng.permutation(rows), rng.integers(0, 9, rows)
+    starts = np.empty(rows, dtype=np.int64)
+    starts[order] = np.cumsum(gaps) + np.arange(rows) * dim
+    # What lies between are not numbers.
+    bits = np.full(int(gaps.sum()) + rows * dim + 5, 0x7FFF, dtype=np.uint16)
+    for row, start in enumerate(starts):
+        bits[start : start + dim] = matrix[row].view(np.uint16)
+    return VectorRows.at(bits, starts, dim)
+
+
 def query_block(vectors: NDArray[np.float16], codes: QueryCodes | None = None) -> Block[QueryCodes]:
-    """Wraps float16 vectors as queries, by default without rules."""
-    return Block(vectors, squared_norms(vectors), codes or QueryCodes.none(len(vectors)))
+    """Wraps float16 vectors as queries, by default without rules; in memory they are spread."""
+    return Block(spread(vectors), squared_norms(vectors), codes or QueryCodes.none(len(vectors)))
 
 
 def corpus_block(
     vectors: NDArray[np.float16], codes: CandidateCodes | None = None
 ) -> Block[CandidateCodes]:
     """Wraps float16 vectors as candidates, by default without rules."""
-    return Block(vectors, squared_norms(vectors), codes or CandidateCodes.none(len(vectors)))
+    rows = VectorRows.of(vectors)
+    return Block(rows, squared_norms(vectors), codes or CandidateCodes.none(len(vectors)))
 
 
 def all_scores(

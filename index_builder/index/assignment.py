@@ -13,6 +13,7 @@ from index_builder.scoring.list_scan import list_scan
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.products import Product, fastest_product, timed_products
 from index_builder.scoring.topk import TopK
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.vectors import squared_norms
 
 # Where more than this share of the lists is asked for, they are sorted rather than selected.
@@ -119,7 +120,7 @@ def _all_compared(
 
 
 def _as_queries(vectors: NDArray[np.float16], norms: NDArray[np.float64]) -> PreparedQueries:
-    return PreparedQueries.of(Block(vectors, norms, QueryCodes.none(len(vectors))))
+    return PreparedQueries.of(Block(VectorRows.of(vectors), norms, QueryCodes.none(len(vectors))))
 
 
 def _select(
@@ -130,7 +131,9 @@ def _select(
     threads: int | None,
     product: Product | None,
 ) -> TopK:
-    block = Block(centroids, squared_norms(centroids), CandidateCodes.none(len(centroids)))
+    block = Block(
+        VectorRows.of(centroids), squared_norms(centroids), CandidateCodes.none(len(centroids))
+    )
     candidates = PreparedCandidates.of(block, IdColumn.numbers(len(centroids)), first_row=0)
     count = len(queries.vectors)
     top = TopK(count, nprobe, id_bytes=4, metric=metric)

@@ -7,11 +7,11 @@ from index_builder.index.proposals import room
 def join_row_bytes(dim: int, nprobe: int, k: int, refine: int | None = None) -> int:
     """Memory that one row of a shard takes in the task that joins it, with a shard of equal size.
 
-    As a query: its float16 code, its probes twice, and k slots of score, row and id, which become
-    Arrow columns at the end (105 bytes a slot were seen, with ids of 18 bytes); or, before there
-    are slots and a corpus, 17 bytes a probe while Parquet decodes them (seen), if that is more. As a
-    row of the corpus: its code, mapped, and about 100 bytes of id, norm and rule codes. With codes of
-    4 bits there are those, mapped and prepared, and room for its proposals.
+    As a query: its float16 code (mapped, most often), its probes twice, and k slots of score, row and
+    id, which become Arrow columns at the end (105 bytes a slot were seen, with ids of 18 bytes); or,
+    before there are slots and a corpus, 17 bytes a probe while Parquet decodes them (seen), if that is
+    more. As a row of the corpus: its code, mapped, and about 100 bytes of id, norm and rule codes.
+    With codes of 4 bits there are those, mapped and prepared, and room for its proposals.
     """
     plain = 2 * dim + max(8 * nprobe + 105 * k + 2 * dim + 100, 17 * nprobe)
     return plain if refine is None else plain + code_bytes(dim) + dim // 4 + 8 * room(refine * k)

@@ -8,9 +8,7 @@ origin, metadata, squared norms and the nearest lists of each row.
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
@@ -31,6 +29,7 @@ from index_builder.index.sharding import IndexLayout, load_layout
 from index_builder.index.training import TrainedIndex, load_trained
 from index_builder.scoring.blocks import IdColumn
 from index_builder.scoring.metrics import Metric
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.vectors import squared_norms
 
 KIND = "index"
@@ -42,6 +41,7 @@ CODES_SUFFIX = ".codes.npy"
 _ROW_GROUP_ROWS = 4096
 # Rows whose norms are computed at once.
 _BLOCK_ROWS = 512
+_HALF_BYTES = 2
 
 
 def build_shard(
@@ -244,6 +244,20 @@ def open_index(folder: str) -> IndexDataset:
     return index
 
 
+class _MappedHalves:
+    """The mapped memory of an index as NumPy's array interface tells of it.
+
+    Arrays of it keep this object, and it the index, so that they cannot outlive the mapping.
+    """
+
+    def __init__(self, index: faiss.IndexIVF, address: int, count: int) -> None:
+        self._index = index
+        shape, typestr = (count,), np.dtype(np.uint16).str
+        self.__array_interface__ = {
+            "data": (address, True), "shape": shape, "typestr": typestr, "version": 3
+        }  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class IndexShard:
     """One opened shard: codes are read where FAISS keeps them, mapped from the file."""
@@ -274,21 +288,23 @@ class IndexShard:
         matrix: NDArray[np.float16] = codes.view(np.float16).reshape(size, dim)
         return matrix
 
-    def codes(self) -> NDArray[np.float16]:
-        """Returns all vectors of the shard in row order, float16 [rows, dim], as a copy."""
-        first, last = self.layout.shard_rows(self.number)
-        copied = np.empty((last - first, self.faiss_index.d), dtype=np.float16)
+    def vectors(self) -> VectorRows:
+        """Returns all vectors of the shard in row order, where they are mapped.
 
-        def copy(numbers: NDArray[np.int64]) -> None:
-            for number in numbers.tolist():
-                start, stop = self.layout.list_rows(self.number, number)
-                copied[start:stop] = self.list_codes(number)
-
-        # Most of the time pages are mapped as they are touched first, which threads do side by side.
-        threads = len(os.sched_getaffinity(0))
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(copy, np.array_split(np.asarray(self.lists), threads)))
-        return copied
+        They stay mapped as long as there are rows of them, longer than the shard is open.
+        """
+        inverted, dim, lists = self.faiss_index.invlists, self.faiss_index.d, self.lists
+        sizes = np.asarray([inverted.list_size(number) for number in lists], dtype=np.int64)
+        filled = np.flatnonzero(sizes)
+        if not len(filled):
+            return VectorRows.of(np.empty((0, dim), dtype=np.float16))
+        # Behind the vectors of each list are its ids, so only within a list is a row after the other.
+        addresses = np.asarray([int(inverted.get_codes(lists[place])) for place in filled])
+        base, counts = int(addresses.min()), sizes[filled]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.repeat((addresses - base) // _HALF_BYTES, counts) + within * dim
+        mapped = _MappedHalves(self.faiss_index, base, int(starts.max()) + dim)
+        return VectorRows.at(np.asarray(mapped), starts, dim)
 
     def ids(self) -> IdColumn:
         """Returns the image ids of the shard's rows."""

@@ -56,7 +56,7 @@ def draw_queries(
     # Only those that can be chosen in the end need their vectors.
     kept = asked[sample.choose(keys[asked])]
     with open_shard(index, number, (IMAGE,)) as shard:
-        codes = shard.codes()[rows[kept]]
+        codes = shard.vectors().take(rows[kept]).matrix()
     table = table.take(pa.array(kept)).append_column("code", embeddings.list_array(codes))
     if spec.rules.exclude is None or spec.exclusions is None:
         return table
@@ -82,7 +82,7 @@ def search_exactly(index: IndexDataset, number: int, queries: pa.Table, spec: Jo
     with open_shard(index, number, columns) as shard:
         numbers = np.arange(shard.first_row, shard.first_row + len(shard.table), dtype=np.int64)
         table = shard.table.append_column("index_row", pa.array(numbers))
-        return search.search([(table, shard.codes())])
+        return search.search([(table, shard.vectors().matrix())])
 
 
 def _excluded(queries: pa.Table, spec: JoinSpec) -> pa.Table | None:

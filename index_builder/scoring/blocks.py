@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from index_builder.rules.rules import CandidateCodes, QueryCodes
 from index_builder.scoring.tiles import CandidateArrays, QueryArrays
+from index_builder.scoring.vector_rows import RowArrays, VectorRows, read_only
 
 Codes = TypeVar("Codes", QueryCodes, CandidateCodes)
 
@@ -54,17 +55,12 @@ class IdColumn:
 class Block(Generic[Codes]):
     """Vectors with what decides about a pair: exact squared norms and rule codes.
 
-    `vectors` float16 [n, d] (other types are converted: they must hold float16 numbers);
-    `squared_norms` float64 [n]; `codes` are QueryCodes or CandidateCodes.
+    `squared_norms` float64 [n] are those of the vectors; `codes` are QueryCodes or CandidateCodes.
     """
 
-    vectors: NDArray[np.float16]
+    vectors: VectorRows
     squared_norms: NDArray[np.float64]
     codes: Codes
-
-    def __post_init__(self) -> None:
-        vectors = np.ascontiguousarray(self.vectors, dtype=np.float16)
-        object.__setattr__(self, "vectors", vectors)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -72,7 +68,9 @@ class Block(Generic[Codes]):
     def slice(self, start: int, stop: int) -> "Block[Codes]":
         """Returns the rows start to stop, sharing memory."""
         return Block(
-            self.vectors[start:stop], self.squared_norms[start:stop], self.codes.slice(start, stop)
+            self.vectors.slice(start, stop),
+            self.squared_norms[start:stop],
+            self.codes.slice(start, stop),
         )
 
 
@@ -80,17 +78,16 @@ class Block(Generic[Codes]):
 class PreparedQueries:
     """A block of queries in the form that compiled code takes."""
 
-    vectors: NDArray[np.float16]
+    vectors: VectorRows
     arrays: QueryArrays
 
     @staticmethod
     def of(block: Block[QueryCodes]) -> "PreparedQueries":
         """Prepares a block."""
         codes = block.codes
-        vectors = _plain(block.vectors, np.float16)
         norms = _plain(block.squared_norms, np.float64)
         arrays = QueryArrays(
-            vectors.view(np.uint16),
+            block.vectors.arrays,
             norms,
             _plain(np.sqrt(norms), np.float32),
             _plain(codes.same, np.int32),
@@ -98,7 +95,7 @@ class PreparedQueries:
             _plain(codes.excluded_offsets, np.int64),
             _plain(codes.excluded, np.int32),
         )
-        return PreparedQueries(vectors, arrays)
+        return PreparedQueries(block.vectors, arrays)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +105,7 @@ class PreparedCandidates:
     `first_row` is the number of its first row in the whole index.
     """
 
-    vectors: NDArray[np.float16]
+    vectors: VectorRows
     arrays: CandidateArrays
     first_row: int
 
@@ -121,14 +118,13 @@ class PreparedCandidates:
         not are scored one by one, with the same result.
         """
         codes = block.codes
-        vectors = _plain(block.vectors, np.float16)
         data, offsets = _plain(ids.data, np.uint8), _plain(ids.offsets, np.int64)
         starts = np.empty(len(block) + 1, dtype=np.int64)
-        runs = _find_runs(vectors.view(np.uint16), data, offsets, starts)
+        runs = _find_runs(block.vectors.arrays, data, offsets, starts)
         norms = _plain(block.squared_norms, np.float64)
         heads = norms[starts[:runs]]
         arrays = CandidateArrays(
-            vectors.view(np.uint16),
+            block.vectors.arrays,
             _plain(np.sqrt(heads), np.float32),
             _plain(heads / 2, np.float32),
             _plain(starts[: runs + 1], np.int64),
@@ -141,7 +137,7 @@ class PreparedCandidates:
             data,
             offsets,
         )
-        return PreparedCandidates(vectors, arrays, first_row)
+        return PreparedCandidates(block.vectors, arrays, first_row)
 
     @property
     def distinct(self) -> int:
@@ -151,25 +147,25 @@ class PreparedCandidates:
 
 def _plain(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
     """Returns values contiguous and read-only: one Numba type, whatever they were."""
-    plain = np.ascontiguousarray(values, dtype=dtype).view()
-    plain.flags.writeable = False
-    return plain
+    return read_only(np.ascontiguousarray(values, dtype=dtype))
 
 
 @njit(cache=True, nogil=True)
 def _find_runs(
-    bits: NDArray[np.uint16],
+    vectors: RowArrays,
     id_data: NDArray[np.uint8],
     id_offsets: NDArray[np.int64],
     starts: NDArray[np.int64],
 ) -> int:
     """Writes where each run starts, and the number of rows after the last; returns the runs."""
+    bits, firsts, dim = vectors
     runs = 0
-    for row in range(bits.shape[0]):
+    for row in range(firsts.shape[0]):
         same = row > 0
         if same:
-            for column in range(bits.shape[1]):
-                if bits[row, column] != bits[row - 1, column]:
+            above, own = np.uint64(firsts[row - 1]), np.uint64(firsts[row])
+            for column in range(np.uint64(dim)):
+                if bits[own + column] != bits[above + column]:
                     same = False
                     break
         if same:
@@ -183,5 +179,5 @@ def _find_runs(
         if not same:
             starts[runs] = row
             runs += 1
-    starts[runs] = bits.shape[0]
+    starts[runs] = firsts.shape[0]
     return runs

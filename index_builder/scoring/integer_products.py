@@ -24,6 +24,7 @@ from index_builder.scoring.micro_kernel import TILE_COLUMNS, TILE_ROWS, UNROLL
 from index_builder.scoring.native_products import NativeProduct, aligned
 from index_builder.scoring.panels import LANES, depth_of, interleave_words, panels_size
 from index_builder.scoring.scores import error_bound
+from index_builder.scoring.vector_rows import VectorRows
 
 _DIMS_A_WORD = 4
 # Beside the shares: a sum becomes float32 and is scaled, each time off by 2^-24 of at most 4 |q| |x|.
@@ -72,7 +73,7 @@ class IntegerProposer:
         self._rows = self._columns = 0
         self._least = np.float32(error_bound(dim + _ROUNDINGS))
         # Queries come again for every list that they probe.
-        self._known: tuple[NDArray[np.float16], Roundings] | None = None
+        self._known: tuple[VectorRows, Roundings] | None = None
 
     @property
     def errors(self) -> NDArray[np.float32]:
@@ -82,7 +83,7 @@ class IntegerProposer:
         errors: NDArray[np.float32] = shares + (1 + shares) * most + self._least
         return errors
 
-    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def take_queries(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
         if self._known is None or self._known[0] is not vectors:
             self._known = vectors, Roundings.unmeasured(len(vectors))
@@ -91,7 +92,7 @@ class IntegerProposer:
         words = self._queries.numbers.view(np.int32)
         interleave_words(words, self._rows, TILE_ROWS, self._depth, self._query_panels)
 
-    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def take_corpus(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
         self._columns = len(rows)
         _round(vectors, rows, Roundings.unmeasured(len(vectors)), np.float32(0), self._corpus)
@@ -114,12 +115,11 @@ class IntegerProposer:
 
 
 def _round(
-    vectors: NDArray[np.float16],
+    vectors: VectorRows,
     rows: NDArray[np.int64],
     roundings: Roundings,
     added: np.float32,
     out: IntegerRows,
 ) -> None:
-    bits = vectors.view(np.uint16)
-    measure_roundings(bits, rows, roundings)
-    round_to_integers(bits, rows, roundings, added, out)
+    measure_roundings(vectors.arrays, rows, roundings)
+    round_to_integers(vectors.arrays, rows, roundings, added, out)

@@ -12,6 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from index_builder.scoring.intrinsics import half_to_float
+from index_builder.scoring.vector_rows import RowArrays, VectorRows
 from index_builder.scoring.widening import prefetch_row
 
 # Integers go from -127 to 127.
@@ -62,27 +63,28 @@ class IntegerRows(NamedTuple):
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
-def measure_roundings(bits: NDArray[np.uint16], rows: NDArray[np.int64], roundings: Roundings) -> None:
-    """Measures some rows of finite float16 vectors [n, d], given as bits, that are not measured yet.
+def measure_roundings(vectors: RowArrays, rows: NDArray[np.int64], roundings: Roundings) -> None:
+    """Measures some rows of `vectors`, finite ones, that are not measured yet.
 
-    d is at most MOST_DIM.
+    They have at most MOST_DIM dimensions.
     """
     scales, shares = roundings
-    address, row_bytes, dim = bits.ctypes.data, 2 * bits.shape[1], np.uint64(bits.shape[1])
+    dim = np.uint64(vectors.dim)
     for i in range(rows.shape[0]):
         row = np.uint64(rows[i])
         if not scales[row] < 0:
             continue
-        prefetch_row(address, row_bytes, rows, i)
+        prefetch_row(vectors, rows, i)
+        start = np.uint64(vectors.starts[row])
         # Magnitudes of float16 are ordered like their bit patterns.
         largest = np.uint16(0)
         for j in range(dim):
-            largest = max(largest, np.uint16(bits[row, j] & np.uint16(0x7FFF)))
+            largest = max(largest, np.uint16(vectors.bits[start + j] & np.uint16(0x7FFF)))
         scale = np.float32(half_to_float(largest) / np.float32(LARGEST))
         inverse = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
         lost, norm = np.float32(0.0), np.float32(0.0)
         for j in range(dim):
-            number = half_to_float(bits[row, j])
+            number = half_to_float(vectors.bits[start + j])
             error = number - np.rint(number * inverse) * scale
             lost += error * error
             norm += number * number
@@ -93,34 +95,34 @@ def measure_roundings(bits: NDArray[np.uint16], rows: NDArray[np.int64], roundin
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def round_to_integers(
-    bits: NDArray[np.uint16],
+    vectors: RowArrays,
     rows: NDArray[np.int64],
     roundings: Roundings,
     added: np.float32,
     out: IntegerRows,
 ) -> None:
-    """Rounds some rows of float16 vectors [n, d], given as bits and measured, to the first of `out`.
+    """Rounds some rows of `vectors`, measured ones, to the first of `out`.
 
     `added` to every number is 0, or UNSIGNED for unsigned bytes.
     """
     numbers, scales, shares, sums = out
-    address, row_bytes, dim = bits.ctypes.data, 2 * bits.shape[1], np.uint64(bits.shape[1])
+    dim = np.uint64(vectors.dim)
     for i in range(rows.shape[0]):
-        prefetch_row(address, row_bytes, rows, i)
+        prefetch_row(vectors, rows, i)
         row = np.uint64(rows[i])
+        start = np.uint64(vectors.starts[row])
         scale = roundings.scales[row]
         inverse = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
         total = np.int32(0)
         for j in range(dim):
-            whole = np.int32(np.rint(half_to_float(bits[row, j]) * inverse) + added)
+            whole = np.int32(np.rint(half_to_float(vectors.bits[start + j]) * inverse) + added)
             numbers[i, j] = np.int8(whole)
             total += whole
         scales[i], shares[i], sums[i] = scale, roundings.shares[row], total
 
 
-def mean_share(vectors: NDArray[np.float16]) -> float:
-    """Returns the mean of |e| / |x| of vectors [n, d], n > 0."""
+def mean_share(vectors: VectorRows) -> float:
+    """Returns the mean of |e| / |x| of vectors, at least one."""
     roundings = Roundings.unmeasured(len(vectors))
-    bits = np.ascontiguousarray(vectors).view(np.uint16)
-    measure_roundings(bits, np.arange(len(vectors)), roundings)
+    measure_roundings(vectors.arrays, np.arange(len(vectors)), roundings)
     return float(roundings.shares.mean())

@@ -76,6 +76,11 @@ def _like(kind, element):
     return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
 
 
+def _width(kind):
+    """The elements of a vector type; 1 of another type."""
+    return kind.count if isinstance(kind, ir.VectorType) else 1
+
+
 def _converter(convert):
     def half_to_float(typing_context, bits):
         """float32 of a float16's bit pattern, uint16; in loops LLVM makes it 8 or 16 wide."""
@@ -90,40 +95,49 @@ def _converter(convert):
 
 def _dot(convert):
     def half_dot(typing_context, a, b, count):
-        """Dot product of `count` float16 numbers, a multiple of 16, at two addresses; exact.
+        """Dot product of `count` float16 numbers at two addresses; see vectors for when it is exact.
 
         A product of two float16 numbers has 22 bits, so float32 holds it; only the sum needs float64.
         That halves the conversions, which are what takes the time.
         """
-        halves = ir.VectorType(ir.IntType(16), WIDE)
-        doubles = ir.VectorType(ir.DoubleType(), WIDE)
+        half, double = ir.IntType(16), ir.DoubleType()
+        halves, doubles = ir.VectorType(half, WIDE), ir.VectorType(double, WIDE)
 
         def generate(context, builder, signature, arguments):
             a, b, count = arguments
             number = count.type
 
-            def load(base, index):
-                place = builder.add(base, builder.mul(index, ir.Constant(number, 2 * WIDE)))
-                pointer = builder.inttoptr(place, ir.PointerType())
-                return convert(builder, builder.load(pointer, typ=halves, align=2))
+            def add_products(total, first, steps, kind, sums):
+                def load(base, index):
+                    offset = builder.add(first, builder.mul(index, ir.Constant(number, _width(kind))))
+                    place = builder.add(base, builder.mul(offset, ir.Constant(number, 2)))
+                    pointer = builder.inttoptr(place, ir.PointerType())
+                    return convert(builder, builder.load(pointer, typ=kind, align=2))
+
+                with cgutils.for_range(builder, steps, intp=number) as loop:
+                    product = builder.fmul(load(a, loop.index), load(b, loop.index))
+                    longer = builder.fpext(product, sums)
+                    builder.store(builder.fadd(builder.load(total, typ=sums), longer), total)
 
             zeros = ir.Constant(doubles, [0.0] * WIDE)
             total = cgutils.alloca_once_value(builder, zeros)
             builder.store(zeros, total)
             steps = builder.udiv(count, ir.Constant(number, WIDE))
-            with cgutils.for_range(builder, steps, intp=number) as loop:
-                product = builder.fmul(load(a, loop.index), load(b, loop.index))
-                longer = builder.fpext(product, doubles)
-                builder.store(builder.fadd(builder.load(total, typ=doubles), longer), total)
-            kind = ir.FunctionType(ir.DoubleType(), [ir.DoubleType(), doubles])
+            add_products(total, ir.Constant(number, 0), steps, halves, doubles)
+            kind = ir.FunctionType(double, [double, doubles])
             name = f"llvm.vector.reduce.fadd.v{WIDE}f64"
             reduce = cgutils.get_or_insert_function(builder.module, kind, name)
             # Sums are exact, so any order will do.
-            return builder.call(
+            summed = builder.call(
                 reduce,
-                [ir.Constant(ir.DoubleType(), 0.0), builder.load(total, typ=doubles)],
+                [ir.Constant(double, 0.0), builder.load(total, typ=doubles)],
                 fastmath=("reassoc",),
             )
+            rest = cgutils.alloca_once_value(builder, summed)
+            builder.store(summed, rest)
+            whole = builder.mul(steps, ir.Constant(number, WIDE))
+            add_products(rest, whole, builder.sub(count, whole), half, double)
+            return builder.load(rest, typ=double)
 
         return types.float64(types.intp, types.intp, types.intp), generate
 

@@ -74,7 +74,7 @@ class ListScan:
         try:
             scorer = self._idle.get_nowait()
         except queue.Empty:
-            scorer = Scorer(self._queries.vectors.shape[1], self._product)
+            scorer = Scorer(self._queries.vectors.dim, self._product)
         try:
             yield scorer
         finally:

@@ -31,6 +31,7 @@ from index_builder.scoring.micro_kernel import (
 )
 from index_builder.scoring.panels import LANES, depth_of, pack_panels, panels_size, round_rows
 from index_builder.scoring.scores import error_bound
+from index_builder.scoring.vector_rows import VectorRows
 
 _CACHE_LINE = 64
 _BFLOAT16_ROUNDOFF = 2.0**-8
@@ -44,12 +45,12 @@ class Proposer(Protocol):
         """How far the products of each query may be off, relative to the lengths of their vectors."""
         ...
 
-    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
-        """Takes rows of `vectors` [n, d] as the tile of queries."""
+    def take_queries(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
+        """Takes some rows of `vectors` as the tile of queries."""
         ...
 
-    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
-        """Takes rows of `vectors` [n, d] as the tile of the corpus."""
+    def take_corpus(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
+        """Takes some rows of `vectors` as the tile of the corpus."""
         ...
 
     def multiply(self, out: NDArray[np.float32]) -> None:
@@ -82,8 +83,8 @@ class NativeProduct(abc.ABC):
         Both hold float16 numbers. For one tile: a join keeps a proposer.
         """
         proposer = self.open(len(queries), len(corpus), queries.shape[1])
-        proposer.take_queries(queries.astype(np.float16), np.arange(len(queries)))
-        proposer.take_corpus(corpus.astype(np.float16), np.arange(len(corpus)))
+        proposer.take_queries(VectorRows.of(queries), np.arange(len(queries)))
+        proposer.take_corpus(VectorRows.of(corpus), np.arange(len(corpus)))
         proposer.multiply(out)
 
 
@@ -161,16 +162,14 @@ class PanelProposer(_RoundingProposer):
         self._corpus = aligned((panels_size(corpus_rows, LANES, self._depth),), kind)
         self._edge = aligned((TILE_ROWS, TILE_COLUMNS), np.float32)
 
-    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def take_queries(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
         self._taken = len(rows)
-        bits = vectors.view(np.uint16)
-        pack_panels(bits, rows, TILE_ROWS, self._depth, self._dims_a_word, self._queries)
+        pack_panels(vectors.arrays, rows, TILE_ROWS, self._depth, self._dims_a_word, self._queries)
 
-    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def take_corpus(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
-        bits = vectors.view(np.uint16)
-        pack_panels(bits, rows, LANES, self._depth, self._dims_a_word, self._corpus)
+        pack_panels(vectors.arrays, rows, LANES, self._depth, self._dims_a_word, self._corpus)
 
     def multiply(self, out: NDArray[np.float32]) -> None:
         """See Proposer."""
@@ -190,14 +189,14 @@ class AmxProposer(_RoundingProposer):
         self._edge = aligned((BLOCK_ROWS, BLOCK_COLUMNS), np.float32)
         self._configuration = tile_configuration()
 
-    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def take_queries(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
         self._taken = len(rows)
-        round_rows(vectors.view(np.uint16), rows, self._queries)
+        round_rows(vectors.arrays, rows, self._queries)
 
-    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def take_corpus(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
-        pack_panels(vectors.view(np.uint16), rows, BLOCK, self._depth, 2, self._corpus)
+        pack_panels(vectors.arrays, rows, BLOCK, self._depth, 2, self._corpus)
 
     def multiply(self, out: NDArray[np.float32]) -> None:
         """See Proposer."""

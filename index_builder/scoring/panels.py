@@ -19,6 +19,7 @@ from index_builder.scoring.intrinsics import (
     halves_to_floats,
     prefetch_l2,
 )
+from index_builder.scoring.vector_rows import RowArrays
 from index_builder.scoring.widening import prefetch_row
 
 # Words that are interleaved at a time, and of a vector register: 512 or 256 bits.
@@ -116,22 +117,23 @@ def _interleave(typing_context, kind, addresses, offset, out, stride):
 
 @njit(cache=True, nogil=True)
 def pack_panels(
-    bits: NDArray[np.uint16],
+    vectors: RowArrays,
     rows: NDArray[np.int64],
     panel_rows: int,
     depth: int,
     dims_a_word: int,
     out: NDArray[np.float32] | NDArray[np.uint32],
 ) -> None:
-    """Packs rows of float16 vectors [n, d], given as bits, into panels of at most LANES rows.
+    """Packs some rows of `vectors` into panels of at most LANES rows.
 
     `out` is float32, or uint32 for pairs of bfloat16: `panels_size` words of 1 or 2 dimensions. Words
     beyond d are zero; the last row stands for those that a last panel lacks.
     """
-    count, dim = rows.shape[0], bits.shape[1]
+    bits, starts, dim = vectors
+    count = rows.shape[0]
     wide = LANES * dims_a_word
     whole = dim - dim % wide
-    base, row_bytes, stride = bits.ctypes.data, 2 * dim, 4 * panel_rows
+    base, stride = bits.ctypes.data, 4 * panel_rows
     here, ahead = np.empty(LANES, dtype=np.int64), np.empty(LANES, dtype=np.int64)
     tails = np.zeros((LANES, wide), dtype=np.uint16)
     ends = np.empty(LANES, dtype=np.int64)
@@ -142,8 +144,8 @@ def pack_panels(
         place = out.ctypes.data + first * 4 * depth
         for i in range(LANES):
             row = first + min(i, panel_rows - 1)
-            here[i] = base + rows[min(row, count - 1)] * row_bytes
-            ahead[i] = base + rows[min(row + panel_rows, count - 1)] * row_bytes
+            here[i] = base + 2 * starts[rows[min(row, count - 1)]]
+            ahead[i] = base + 2 * starts[rows[min(row + panel_rows, count - 1)]]
         for start in range(0, whole, wide):
             if 2 * start % _CACHE_LINE == 0:
                 for i in range(panel_rows):
@@ -154,7 +156,7 @@ def pack_panels(
             for i in range(LANES):
                 row = rows[min(first + min(i, panel_rows - 1), count - 1)]
                 for j in range(dim - whole):
-                    tails[i, j] = bits[row, whole + j]
+                    tails[i, j] = bits[starts[row] + whole + j]
             _interleave(kind, ends.ctypes.data, 0, place, stride)
 
 
@@ -188,14 +190,14 @@ def _rounded(bits: int) -> np.uint16:
 
 
 @njit(cache=True, nogil=True)
-def round_rows(bits: NDArray[np.uint16], rows: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
-    """Rounds rows of float16 vectors [n, d] to bfloat16, not interleaved.
+def round_rows(vectors: RowArrays, rows: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
+    """Rounds some rows of `vectors` to bfloat16, not interleaved.
 
     Dimensions beyond d of `out` stay as they are.
     """
-    address, row_bytes = bits.ctypes.data, 2 * bits.shape[1]
+    bits, starts, dim = vectors
     for i in range(rows.shape[0]):
-        prefetch_row(address, row_bytes, rows, i)
-        row = np.uint64(rows[i])
-        for j in range(np.uint64(bits.shape[1])):
-            out[i, j] = _rounded(bits[row, j])
+        prefetch_row(vectors, rows, i)
+        start = np.uint64(starts[rows[i]])
+        for j in range(np.uint64(dim)):
+            out[i, j] = _rounded(bits[start + j])

@@ -30,6 +30,7 @@ from index_builder.scoring.native_products import (
     bfloat16_products,
     float32_products,
 )
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.widening import widen_rows
 
 _LOGGER = logging.getLogger(__name__)
@@ -117,20 +118,20 @@ class TimedProduct:
 _MEASURING = threading.Lock()
 
 
-def product_for(queries: NDArray[np.float16]) -> Product:
-    """Returns the product that a join of vectors [n, d] takes on this host.
+def product_for(queries: VectorRows) -> Product:
+    """Returns the product that a join of such queries takes on this host.
 
     That is `fastest_product`, or one of 8-bit integers where that is clearly faster still, for vectors
     that lose little by it; AMX is as fast by itself, and then nothing else is compiled or timed.
     """
-    fastest, (rows, dim) = fastest_product(), queries.shape
+    fastest, rows, dim = fastest_product(), len(queries), queries.dim
     if isinstance(fastest, AmxProduct) or not rows or not _LEAST_INTEGER_DIM <= dim <= MOST_DIM:
         return fastest
     rated = timed_integer_products()
     if not rated or rated[0].flops <= _WORTH_ROUNDING * _rate(fastest):
         return fastest
     tried = np.linspace(0, rows - 1, min(_TRIED_VECTORS, rows)).astype(np.int64)
-    return rated[0].product if mean_share(queries[tried]) <= _MOST_SHARE else fastest
+    return rated[0].product if mean_share(queries.take(tried)) <= _MOST_SHARE else fastest
 
 
 def fastest_product() -> Product:
@@ -243,7 +244,7 @@ def _rates(products: Sequence[Product]) -> list[float]:
     They take turns, so that a moment in which the host does something else does not strike one alone.
     """
     m, n, d = _TIMED_SHAPE
-    halves = np.random.default_rng(0).normal(size=(m, d)).astype(np.float16)
+    halves = VectorRows.of(np.random.default_rng(0).normal(size=(m, d)))
     calls = [_tile_call(product, halves) for product in products]
     seconds: list[list[float]] = [[] for _ in calls]
     for call in calls:
@@ -256,7 +257,7 @@ def _rates(products: Sequence[Product]) -> list[float]:
     return [2.0 * m * n * d / min(times) for times in seconds]
 
 
-def _tile_call(product: Product, halves: NDArray[np.float16]) -> Callable[[], None]:
+def _tile_call(product: Product, halves: VectorRows) -> Callable[[], None]:
     """Returns what multiplies a tile of _TIMED_SHAPE from float16 rows."""
     m, n, d = _TIMED_SHAPE
     queries, corpus = np.empty((m, d), dtype=np.float32), np.empty((n, d), dtype=np.float32)
@@ -269,8 +270,8 @@ def _tile_call(product: Product, halves: NDArray[np.float16]) -> Callable[[], No
             packing.take_corpus(halves, rows[:n])
             packing.multiply(out)
         else:
-            widen_rows(halves, rows, queries)
-            widen_rows(halves, rows[:n], corpus)
+            widen_rows(halves.arrays, rows, queries)
+            widen_rows(halves.arrays, rows[:n], corpus)
             product.multiply(queries, corpus, out)
 
     return call

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from index_builder.scoring.native_products import NativeProduct, Proposer
 from index_builder.scoring.products import Product
 from index_builder.scoring.scores import error_bound
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.widening import widen_rows
 
 
@@ -24,15 +25,15 @@ class WideningProposer:
         """See Proposer."""
         return self._errors[: self._rows]
 
-    def take_queries(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def take_queries(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
         self._rows = len(rows)
-        widen_rows(vectors, rows, self._queries[: self._rows])
+        widen_rows(vectors.arrays, rows, self._queries[: self._rows])
 
-    def take_corpus(self, vectors: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def take_corpus(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
         self._columns = len(rows)
-        widen_rows(vectors, rows, self._corpus[: self._columns])
+        widen_rows(vectors.arrays, rows, self._corpus[: self._columns])
 
     def multiply(self, out: NDArray[np.float32]) -> None:
         """See Proposer."""

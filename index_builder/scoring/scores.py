@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-from index_builder.scoring.intrinsics import WIDE, half_dot, half_to_float
 from index_builder.scoring.metrics import Metric
 
 _COSINE = Metric.COSINE.code
@@ -44,18 +42,6 @@ def error_bound(dim: int, unit_roundoff: float = 0.0) -> float:
     gamma = dim * _UNIT_ROUNDOFF / (1 - dim * _UNIT_ROUNDOFF)
     rounding = 2 * unit_roundoff + unit_roundoff**2
     return rounding + (1 + rounding) * gamma
-
-
-@njit(cache=True, nogil=True)
-def exact_dot(a: NDArray[np.uint16], i: int, b: NDArray[np.uint16], j: int) -> float:
-    """Dot product of row i and row j of two sets of float16 bit patterns [n, d], exact."""
-    dim = a.shape[1]
-    whole = dim - dim % WIDE
-    total: float = half_dot(a.ctypes.data + 2 * dim * i, b.ctypes.data + 2 * dim * j, whole)
-    for c in range(whole, dim):
-        # Numba has one 64-bit float; NumPy's stubs have two.
-        total += np.float64(half_to_float(a[i, c]) * half_to_float(b[j, c]))  # type: ignore[assignment]
-    return total
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

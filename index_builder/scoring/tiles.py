@@ -6,16 +6,16 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from index_builder.scoring.intrinsics import WIDE, passing_mask, prefetch, trailing_zeros
+from index_builder.scoring.intrinsics import WIDE, half_dot, passing_mask, prefetch, trailing_zeros
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.scores import (
     Scoring,
-    exact_dot,
     exact_score,
     least_key,
     slack,
     threshold,
 )
+from index_builder.scoring.vector_rows import RowArrays
 
 _COSINE = Metric.COSINE.code
 
@@ -52,10 +52,10 @@ class Heaps(NamedTuple):
 class QueryArrays(NamedTuple):
     """What decides about n queries; see Block and QueryCodes.
 
-    `bits` uint16 [n, d] are the float16 vectors, `lengths` float32 [n] the roots of `norms`.
+    `lengths` float32 [n] are the roots of `norms`.
     """
 
-    bits: NDArray[np.uint16]
+    vectors: RowArrays
     norms: NDArray[np.float64]
     lengths: NDArray[np.float32]
     same: NDArray[np.int32]
@@ -67,11 +67,11 @@ class QueryArrays(NamedTuple):
 class CandidateArrays(NamedTuple):
     """What decides about n candidates; see Block, CandidateCodes, IdColumn.
 
-    `bits` uint16 [n, d] are the float16 vectors. Distinct vector r belongs to the rows `runs[r]` to
+    Distinct vector r belongs to the rows `runs[r]` to
     `runs[r + 1]`, int64; `lengths` and `halves`, float32 [runs], are its |x| and |x|^2 / 2.
     """
 
-    bits: NDArray[np.uint16]
+    vectors: RowArrays
     lengths: NDArray[np.float32]
     halves: NDArray[np.float32]
     runs: NDArray[np.int64]
@@ -238,9 +238,9 @@ def offer_tile(
     One function, and arrays unpacked once: a call that passes this many arrays costs more than a row.
     Heaps lie far apart in memory, so those of a group of rows are fetched while the group is tested.
     """
-    q_bits, q_norms, q_lengths, q_same, q_different, q_excluded_offsets, q_excluded = queries
+    q_vectors, q_norms, q_lengths, q_same, q_different, q_excluded_offsets, q_excluded = queries
     (
-        x_bits,
+        x_vectors,
         _,
         _,
         runs,
@@ -264,9 +264,11 @@ def offer_tile(
     places_address, lengths_address = places.ctypes.data, id_lengths.ctypes.data
     caps_address = kept_caps.ctypes.data
     bounds_address, q_lengths_address = bounds.ctypes.data, q_lengths.ctypes.data
-    q_bits_address, q_norms_address = q_bits.ctypes.data, q_norms.ctypes.data
-    x_bits_address = x_bits.ctypes.data
-    q_bytes = 2 * q_bits.shape[1]
+    q_bits_address, q_norms_address = q_vectors.bits.ctypes.data, q_norms.ctypes.data
+    x_bits_address = x_vectors.bits.ctypes.data
+    q_starts, x_starts = q_vectors.starts, x_vectors.starts
+    dim = q_vectors.dim
+    fetched = min(2 * dim, _FETCHED_BYTES)
     for i in range(min(GROUP, fast.shape[0])):
         prefetch(bounds_address + 8 * slots[i])
         prefetch(q_lengths_address + 4 * query_rows[i])
@@ -297,11 +299,12 @@ def offer_tile(
                 for line in range(0, 8 * k, 64):
                     prefetch(rows_address + slot * 8 * k + line)
                 prefetch(q_norms_address + 8 * query_rows[i])
-                for line in range(0, min(q_bytes, _FETCHED_BYTES), 64):
-                    prefetch(q_bits_address + query_rows[i] * q_bytes + line)
+                q_address = q_bits_address + 2 * q_starts[query_rows[i]]
+                for line in range(0, fetched, 64):
+                    prefetch(q_address + line)
                 for c in range(start, end):
-                    x_address = x_bits_address + runs[first_run + found[c]] * q_bytes
-                    for line in range(0, min(q_bytes, _FETCHED_BYTES), 64):
+                    x_address = x_bits_address + 2 * x_starts[runs[first_run + found[c]]]
+                    for line in range(0, fetched, 64):
                         prefetch(x_address + line)
         for i in range(group, group_end):
             base = ends[i - group - 1] if i > group else 0
@@ -373,7 +376,11 @@ def offer_tile(
                         if not allowed:
                             continue
                         if not scored:
-                            dot = exact_dot(q_bits, q, x_bits, run)
+                            dot = half_dot(
+                                q_bits_address + 2 * q_starts[q],
+                                x_bits_address + 2 * x_starts[run],
+                                dim,
+                            )
                             score = exact_score(metric, unscale, dot, q_norm, x_norms[x])
                             scored = True
                             rescored += 1

@@ -80,7 +80,7 @@ class TopK:
         `slots` [m] says which of the n queries each row of `queries` is; `ids` and `first_row`
         belong to the corpus rows. No pair may be offered twice.
         """
-        scorer = Scorer(queries.vectors.shape[1], product or product_for(queries.vectors))
+        scorer = Scorer(queries.vectors.dim, product or product_for(queries.vectors))
         candidates = PreparedCandidates.of(corpus, ids, first_row)
         rows = np.arange(len(queries), dtype=np.int64)
         scorer.offer(self, slots, PreparedQueries.of(queries), rows, candidates)

@@ -16,7 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from index_builder.errors import DatasetError
-from index_builder.scoring.intrinsics import WIDE, half_dot, half_to_float, hardware_converts
+from index_builder.scoring.intrinsics import half_dot, hardware_converts
 
 # The value of every non-negative float16, by its bit pattern.
 _FLOAT16_VALUES = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
@@ -50,13 +50,9 @@ def squared_norms(vectors: NDArray[np.float16]) -> NDArray[np.float64]:
 @njit(cache=True, nogil=True)
 def _sum_squares(bits: NDArray[np.uint16], norms: NDArray[np.float64]) -> None:
     dim = bits.shape[1]
-    whole = dim - dim % WIDE
     for i in range(bits.shape[0]):
         row = bits.ctypes.data + 2 * dim * i
-        norms[i] = half_dot(row, row, whole)
-        for j in range(whole, dim):
-            number = half_to_float(bits[i, j])
-            norms[i] += np.float64(number * number)
+        norms[i] = half_dot(row, row, dim)
 
 
 @njit(cache=True, nogil=True)

@@ -114,7 +114,7 @@ class _ProposalScan:
         named = self._probes[rows]
         rows = rows[((named >= first) & (named < last)).any(axis=1)]
         self._places[rows] = np.arange(len(rows))
-        tables = self._codebooks.tables(self._queries.vectors[rows], self._metric)
+        tables = self._codebooks.tables(self._queries.vectors.take(rows).matrix(), self._metric)
         scratch = np.empty(_SUMS, dtype=np.int32)
         # The nearest lists first, so that limits are tight before the rest.
         for columns in _columns_in_turn(self._probes.shape[1]):

@@ -1,8 +1,9 @@
 """One join task: the k best neighbours of every row of one query shard.
 
 The task streams the corpus shards that its queries probe, one at a time, and keeps its candidates in
-memory: one query shard, one corpus shard (mapped) and k slots a query. Rows are scored list by list,
-one matrix product a list. Each thread owns a range of the queries and uses single-threaded products.
+memory: one query shard and one corpus shard (mapped), and k slots a query. Rows are scored list by
+list, one matrix product a list. Each thread owns a range of the queries and uses single-threaded
+products.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from index_builder.scoring.list_scan import list_scan
 from index_builder.scoring.products import Product
 from index_builder.scoring.query_ranges import count_probes
 from index_builder.scoring.topk import TopK
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.search.compressed_search import propose
 from index_builder.search.groups import GroupsRef, with_groups
 from index_builder.search.neighbors import EVIDENCE, NeighborsSchema, neighbors_table, slots
@@ -91,7 +93,7 @@ class Queries:
 
     @staticmethod
     def build(
-        vectors: NDArray[np.float16],
+        vectors: VectorRows,
         norms: NDArray[np.float64],
         probes: NDArray[np.int32],
         table: pa.Table,
@@ -113,13 +115,13 @@ class Queries:
 class StoredQueries:
     """The queries of one join task as a shard holds them.
 
-    `codes` float16 [n, dim] (transformed), `squared_norms` float64 [n], `probes` int32 [n, nprobe];
+    `vectors` are transformed; `squared_norms` float64 [n], `probes` int32 [n, nprobe];
     `table` has image_id, the rule columns and the carried ones. `first_row` is the number of the
     first in the dataset they are from, `home` the index shard whose rows they are, or None;
     `exclusions` are the pairs that they exclude, where the rules have such pairs.
     """
 
-    codes: NDArray[np.float16]
+    vectors: VectorRows
     squared_norms: NDArray[np.float64]
     probes: NDArray[np.int32]
     table: pa.Table
@@ -156,7 +158,7 @@ def read_index_queries(index: IndexDataset, number: int, spec: JoinSpec) -> Stor
     pairs = None if spec.exclusions is None else read_exclusions(spec.exclusions, number)
     with open_shard(index, number, _columns(spec, "squared_norm", "probes"), verify=True) as shard:
         return StoredQueries(
-            shard.codes(),
+            shard.vectors(),
             shard.squared_norms(),
             shard.probes(),
             shard.table,
@@ -187,11 +189,11 @@ def find_neighbors(
     `places` are those of the n queries, ascending.
     """
     # Most often they are all of them, and then nothing is copied.
-    rows = slice(None) if len(places) == len(stored.table) else places
-    table = stored.table if isinstance(rows, slice) else stored.table.take(pa.array(places))
+    everyone = len(places) == len(stored.table)
+    table = stored.table if everyone else stored.table.take(pa.array(places))
     queries = Queries.build(
-        stored.codes[rows],
-        stored.squared_norms[rows],
+        stored.vectors if everyone else stored.vectors.take(places),
+        stored.squared_norms if everyone else stored.squared_norms[places],
         probes,
         table,
         spec.rules,
@@ -249,7 +251,7 @@ def _search_codes(
     short = np.flatnonzero((top.counts < wanted) & (counts == kept))
     if len(short):
         block = queries.block
-        again = Block(block.vectors[short], block.squared_norms[short], block.codes.take(short))
+        again = Block(block.vectors.take(short), block.squared_norms[short], block.codes.take(short))
         found = _search_vectors(index, Queries(again, probes[short], encoder), spec, home)
         top.scores[short], top.rows[short], top.counts[short] = found.scores, found.rows, found.counts
     return top
@@ -303,7 +305,7 @@ class _Corpus:
     def __init__(self, shard: IndexShard, encoder: RuleEncoder) -> None:
         self._shard = shard
         self._ids = shard.ids()
-        self._norms = shard.squared_norms()
+        self._vectors, self._norms = shard.vectors(), shard.squared_norms()
         self._codes = encoder.encode_candidates(shard.table)
         self._prepared: dict[int, PreparedCandidates] = {}
 
@@ -313,7 +315,7 @@ class _Corpus:
         if found is None:
             start, stop = self._shard.layout.list_rows(self._shard.number, list_number)
             block = Block(
-                self._shard.list_codes(list_number),
+                self._vectors.slice(start, stop),
                 self._norms[start:stop],
                 self._codes.slice(start, stop),
             )

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from index_builder.index.shards import IndexDataset, IndexShard, open_shard
 from index_builder.rules.rules import QueryCodes, RuleEncoder
 from index_builder.scoring.blocks import Block, IdColumn, PreparedQueries
-from index_builder.scoring.scores import exact_dot, exact_score
+from index_builder.scoring.intrinsics import half_dot
+from index_builder.scoring.scores import exact_score
 from index_builder.scoring.tiles import Heaps, id_precedes
 from index_builder.scoring.topk import TopK
+from index_builder.scoring.vector_rows import RowArrays
 from index_builder.search.compressed_search import query_ranges
 
 
@@ -56,7 +58,7 @@ class _Corpus:
 
     def __init__(self, shard: IndexShard, encoder: RuleEncoder) -> None:
         self.shard = shard
-        self.norms = shard.squared_norms()
+        self.vectors, self.norms = shard.vectors(), shard.squared_norms()
         self.caps = encoder.encode_candidates(shard.table).caps
         self.ids: IdColumn = shard.ids()
         self.starts = np.asarray(
@@ -64,12 +66,6 @@ class _Corpus:
         )
         sizes = np.diff(np.append(self.starts, len(self.norms)))
         self.list_of_row = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-
-    def list_bits(self, place: int) -> NDArray[np.uint16]:
-        """Returns the vectors of a list as bit patterns [rows, dim], where they are mapped."""
-        bits = self.shard.list_codes(self.shard.lists[place]).view(np.uint16)
-        bits.flags.writeable = False
-        return bits
 
 
 def _settle(
@@ -87,8 +83,8 @@ def _settle(
     for place in np.flatnonzero(np.diff(ends)):
         pairs = slice(ends[place], ends[place + 1])
         _enter_pairs(
-            owners[pairs], found[pairs], queries.arrays.bits, queries.arrays.norms,
-            corpus.list_bits(int(place)), corpus.starts[place], corpus.norms, corpus.shard.first_row,
+            owners[pairs], found[pairs], queries.arrays.vectors, queries.arrays.norms,
+            corpus.vectors.arrays, corpus.norms, corpus.shard.first_row,
             corpus.caps, corpus.ids.data, corpus.ids.offsets,
             top.metric.code, top.unscale, top.caps, top.heaps,
         )  # fmt: skip
@@ -150,10 +146,9 @@ def _group_pairs(
 def _enter_pairs(
     owners: NDArray[np.int64],
     found: NDArray[np.int64],
-    q_bits: NDArray[np.uint16],
+    q_vectors: RowArrays,
     q_norms: NDArray[np.float64],
-    x_bits: NDArray[np.uint16],
-    start: int,
+    x_vectors: RowArrays,
     x_norms: NDArray[np.float64],
     first_row: int,
     x_caps: NDArray[np.int32],
@@ -166,15 +161,15 @@ def _enter_pairs(
 ) -> None:
     """Scores pairs of a list exactly and enters them in the heaps, as `tiles.offer_tile` does.
 
-    Pair p is query `owners[p]` and row `found[p]` of the shard; the list's vectors, of which the shard
-    has those from its row `start` on, are `x_bits`.
+    Pair p is query `owners[p]` and row `found[p]` of the shard.
     """
     scores, rows, counts, places = heaps.scores, heaps.rows, heaps.counts, heaps.places
     ids, id_lengths, kept_caps = heaps.ids, heaps.id_lengths, heaps.caps
-    k = scores.shape[1]
+    k, dim = scores.shape[1], q_vectors.dim
+    q_bits, x_bits = q_vectors.bits.ctypes.data, x_vectors.bits.ctypes.data
     for p in range(owners.shape[0]):
         slot, x = owners[p], found[p]
-        dot = exact_dot(q_bits, slot, x_bits, x - start)
+        dot = half_dot(q_bits + 2 * q_vectors.starts[slot], x_bits + 2 * x_vectors.starts[x], dim)
         score = exact_score(metric, unscale, dot, q_norms[slot], x_norms[x])
         count = counts[slot]
         if count == k and score < scores[slot, k - 1]:

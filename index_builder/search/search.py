@@ -11,6 +11,7 @@ from index_builder.index.assignment import nearest_lists
 from index_builder.index.shards import IndexDataset
 from index_builder.rules.rules import OWN_ITEM, JoinRules
 from index_builder.scoring.topk import TopK
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.vectors import squared_norms
 from index_builder.search.join import JoinSpec, Queries, lookup_rows, search_shards
 
@@ -36,7 +37,12 @@ def search_vectors(
     # A new image is no item of the catalogue: a null item is different from every other.
     table = pa.table({OWN_ITEM: pa.nulls(len(codes), pa.string())})
     queries = Queries.build(
-        codes, squared_norms(codes), probes, table, JoinRules(), single_images=index.single_images
+        VectorRows.of(codes),
+        squared_norms(codes),
+        probes,
+        table,
+        JoinRules(),
+        single_images=index.single_images,
     )
     return search_shards(index, queries, JoinSpec(k=k))
 

@@ -143,7 +143,7 @@ def search_again(
     if lists and len(capped):
         trained = index.trained
         probes = nearest_lists(
-            stored.codes[places[capped]],
+            stored.vectors.take(places[capped]).matrix(),
             trained.centroids,
             lists,
             trained.transform.metric,

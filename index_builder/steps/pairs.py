@@ -164,7 +164,7 @@ class _Home:
 
     @staticmethod
     def of(shard: IndexShard, test: _Test, nprobe: int | None) -> "_Home":
-        codes, norms = shard.codes(), shard.squared_norms()
+        codes, norms = shard.vectors().matrix(), shard.squared_norms()
         heads = _run_heads(codes.view(np.uint16), norms, test.metric, test.unscale, test.threshold)
         rows = np.flatnonzero(heads)
         parent = rows[np.cumsum(heads) - 1].astype(np.int32)

@@ -25,6 +25,7 @@ from index_builder.index.sharding import IndexLayout, load_layout, plan_layout, 
 from index_builder.index.shards import IndexDataset
 from index_builder.rules.exclusions import read_exclusions
 from index_builder.rules.rules import check_rules
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.vectors import squared_norms
 from index_builder.search.join import JoinSpec, StoredQueries, probed_shards
 from index_builder.steps.build_spec import Tally, no_tally
@@ -366,7 +367,7 @@ class QueriesDataset:
                 kind = embeddings.column_types(index.schema)[name]
                 table = table.append_column(name, pa.nulls(len(table), kind))
         return StoredQueries(
-            embeddings.list_matrix(table["code"]),
+            VectorRows.of(embeddings.list_matrix(table["code"])),
             table["squared_norm"].to_numpy(),
             embeddings.list_matrix(table["probes"]),
             table.drop_columns(["code", "probes", "squared_norm"]),

@@ -114,7 +114,7 @@ def test_what_was_linked_with_a_damaged_shard_is_linked_again(index: str, tmp_pa
     path = copy / opened.parts[last].file(".faiss").path
     good = path.read_bytes()
     with open_shard(opened, last, ()) as shard:
-        code = shard.codes()[:1]
+        code = shard.vectors().slice(0, 1).matrix()
     place = good.index(code.tobytes())
     # A vector turned round: nothing but the checksum tells.
     path.write_bytes(good[:place] + (-code).tobytes() + good[place + code.nbytes :])

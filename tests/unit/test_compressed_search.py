@@ -77,7 +77,12 @@ def test_what_is_proposed_are_the_least_sums_of_the_probed_lists(index: IndexDat
     spec, kept = JoinSpec(k=4, threads=2), 40
     stored = read_index_queries(index, 1, spec)
     queries = Queries.build(
-        stored.codes, stored.squared_norms, stored.probes, stored.table, spec.rules, single_images=True
+        stored.vectors,
+        stored.squared_norms,
+        stored.probes,
+        stored.table,
+        spec.rules,
+        single_images=True,
     )
     columns = ("image_id", *spec.rules.candidate_columns)
     shards = probed_shards(index, stored.probes)
@@ -85,7 +90,7 @@ def test_what_is_proposed_are_the_least_sums_of_the_probed_lists(index: IndexDat
     found, counts = proposals.finish()
     codes, books = unpacked(index), index.trained.codebooks
     assert books is not None
-    tables = books.tables(stored.codes, Metric.COSINE)[:, : 16 * books.subspaces]
+    tables = books.tables(stored.vectors.matrix(), Metric.COSINE)[:, : 16 * books.subspaces]
     tables = tables.reshape(len(tables), -1, 16).astype(np.int64)
     list_of = np.repeat(np.arange(index.trained.nlist), np.diff(index.layout.list_offsets))
     for q in range(len(found)):

@@ -132,7 +132,7 @@ def test_what_read_a_damaged_shard_is_made_again(index: Path, sound: Path, tmp_p
     path, folder = shard(index, 2), tmp_path / "n"
     good = path.read_bytes()
     with open_shard(open_index(str(index)), 2, ()) as opened:
-        code = opened.codes()[:20]
+        code = opened.vectors().slice(0, 20).matrix()
     place = good.index(code.tobytes()[: 2 * code.shape[1]])
     # Vectors turned round: nothing but the checksum tells, and that is for the shard's own task to see.
     turned = (-code).tobytes()

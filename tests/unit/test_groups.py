@@ -48,7 +48,7 @@ def all_rows(index: IndexDataset) -> tuple[NDArray[np.float64], NDArray[np.int32
     vectors, probes = [], []
     for number in range(index.layout.shards):
         with open_shard(index, number, ("probes",)) as shard:
-            vectors.append(shard.codes().astype(np.float64))
+            vectors.append(shard.vectors().matrix().astype(np.float64))
             probes.append(shard.probes())
     return np.concatenate(vectors), np.concatenate(probes)
 

@@ -8,6 +8,7 @@ from numba import njit
 
 from index_builder.scoring import intrinsics
 from index_builder.scoring.widening import widen_rows
+from tests.topk_oracle import spread
 
 EVERY_HALF = np.arange(1 << 16, dtype=np.uint16)
 CONVERTERS = {
@@ -41,7 +42,7 @@ def test_dot_products_are_those_of_sums_without_rounding(kind: str) -> None:
         return dot(a.ctypes.data, b.ctypes.data, a.shape[0])
 
     rng = np.random.default_rng(0)
-    for count in (0, 16, 48, 1280):
+    for count in (0, 1, 15, 16, 17, 37, 48, 1280):
         a, b = (rng.uniform(-0.1, 0.3, size=count).astype(np.float16) for _ in range(2))
         exact = math.fsum(float(i) * float(j) for i, j in zip(a, b, strict=True))
         assert call(a.view(np.uint16), b.view(np.uint16)) == exact
@@ -51,7 +52,7 @@ def test_gathers_rows() -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 19)).astype(np.float16)
     rows = np.random.default_rng(1).permutation(50)[:33]
     out = np.empty((33, 19), dtype=np.float32)
-    widen_rows(vectors, rows, out)
+    widen_rows(spread(vectors).arrays, rows, out)
     np.testing.assert_array_equal(out, vectors[rows].astype(np.float32))
 
 

@@ -31,7 +31,9 @@ from index_builder.scoring.products import (
     timed_products,
 )
 from index_builder.scoring.scores import error_bound
+from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.vectors import squared_norms, unit_float16
+from tests.topk_oracle import spread
 
 NATIVE = (*float32_products(), *bfloat16_products(), *integer_products())
 pytestmark = pytest.mark.skipif(not NATIVE, reason="this CPU has no native products")
@@ -101,8 +103,8 @@ def errors_of(
     """How far products of the first rows by the others are off, relative to lengths; the bounds."""
     count, dim = vectors.shape
     proposer = product.open(queries, count - queries, dim)
-    proposer.take_queries(vectors, np.arange(queries))
-    proposer.take_corpus(vectors, np.arange(queries, count))
+    proposer.take_queries(VectorRows.of(vectors), np.arange(queries))
+    proposer.take_corpus(VectorRows.of(vectors), np.arange(queries, count))
     out = np.full((queries, count - queries), np.nan, dtype=np.float32)
     proposer.multiply(out)
     wide, lengths = vectors.astype(np.float64), np.sqrt(squared_norms(vectors))
@@ -149,13 +151,13 @@ def test_keeps_the_bound_of_inputs_that_lose_the_most(product: NativeProduct) ->
 @OF_THIS_CPU
 def test_a_proposer_gathers_rows_and_forgets_larger_tiles(product: NativeProduct) -> None:
     vectors, _ = unit_float16(np.random.default_rng(2).normal(size=(300, 40)))
-    proposer = product.open(128, 256, 40)
+    proposer, mapped = product.open(128, 256, 40), spread(vectors)
     rounded = taken(product, vectors)
     for queries, corpus in ((128, 256), (3, 250), (90, 5)):
         rows = np.random.default_rng(queries).permutation(300)[:queries]
         columns = np.random.default_rng(corpus).permutation(300)[:corpus]
-        proposer.take_queries(vectors, rows)
-        proposer.take_corpus(vectors, columns)
+        proposer.take_queries(mapped, rows)
+        proposer.take_corpus(VectorRows.of(vectors), columns)
         out = np.full((queries, corpus), np.nan, dtype=np.float32)
         proposer.multiply(out)
         np.testing.assert_allclose(out, rounded[rows] @ rounded[columns].T, rtol=0, atol=1e-5)
@@ -209,7 +211,7 @@ def test_joins_take_integers_only_where_they_gain(monkeypatch: pytest.MonkeyPatc
     def chosen(vectors: np.ndarray, rate: float) -> object:
         rated = (TimedProduct(of_integers, rate),)
         monkeypatch.setattr(products, "timed_integer_products", lambda: rated)
-        return product_for(vectors)
+        return product_for(VectorRows.of(vectors))
 
     normal = np.random.default_rng(0).normal(size=(300, 1280)).astype(np.float16)
     assert chosen(normal, 200e9) is of_integers
@@ -219,7 +221,7 @@ def test_joins_take_integers_only_where_they_gain(monkeypatch: pytest.MonkeyPatc
     # One number far beyond the others leaves few integers for these.
     spiked = normal.copy()
     spiked[:, 7] = 60
-    assert mean_share(spiked) > 5 * mean_share(normal)
+    assert mean_share(VectorRows.of(spiked)) > 5 * mean_share(VectorRows.of(normal))
     assert chosen(spiked, 200e9) is usual.product
 
 
@@ -244,6 +246,7 @@ def test_cpus_without_wide_vectors_get_narrower_ones(vnni: bool, tmp_path) -> No
 import numpy as np
 from index_builder.scoring.integer_products import integer_products
 from index_builder.scoring.native_products import bfloat16_products, float32_products
+from tests.topk_oracle import spread
 found = (*float32_products(), *integer_products())
 assert [product.name for product in found] == ["AVX2 float32", "AVX2 int8"][: {1 + vnni}]
 assert not bfloat16_products()

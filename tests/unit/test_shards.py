@@ -1,7 +1,9 @@
 """Index shards: the FAISS files as plain FAISS reads them, and the Parquet beside them."""
 
 import dataclasses
+import gc
 import itertools
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +151,23 @@ def test_an_opened_shard_agrees_with_its_files(index: IndexDataset) -> None:
         columns = ("image_id", "squared_norm", "brand", "image_id")
         with open_shard(index, number, columns, verify=True) as shard:
             assert shard.first_row == start
-            assert shard.codes().tobytes() == codes[start:stop].tobytes()
+            assert shard.vectors().matrix().tobytes() == codes[start:stop].tobytes()
             assert shard.squared_norms().tolist() == squared_norms(codes[start:stop]).tolist()
             assert shard.table["image_id"].to_pylist() == ids[start:stop]
             foreign = next(n for n in range(24) if n not in shard.lists)
             assert shard.list_codes(foreign).shape == (0, index.trained.dim)
+
+
+def test_vectors_stay_mapped_after_the_shard_is_closed(index: IndexDataset) -> None:
+    codes, _ = indexed_codes(index)
+    start, stop = index.layout.shard_rows(1)
+    with open_shard(index, 1, ("probes",)) as shard:
+        first, vectors = weakref.ref(shard), shard.vectors()
+    some = vectors.take(np.arange(0, stop - start, 3))
+    del shard, vectors
+    gc.collect()
+    assert first() is None
+    assert some.matrix().tobytes() == codes[start:stop:3].tobytes()
 
 
 def test_parquet_keeps_metadata_and_drops_the_vector(index: IndexDataset) -> None:
