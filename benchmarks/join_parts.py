@@ -83,11 +83,13 @@ def _search_queries(
         vectors, norms, probes, table = (
             shard.vectors(), shard.squared_norms(), shard.probes(), shard.table
         )  # fmt: skip
+        rows = np.arange(len(vectors))
         if places is not None:
-            vectors, norms = vectors.take(places), norms[places]
+            rows, vectors, norms = places, vectors.take(places), norms[places]
             probes, table = probes[places], table.take(pa.array(places))
         queries = Queries.build(
             vectors, norms, probes, table, spec.rules, single_images=index.single_images,
+            own_rows=shard.first_row + rows,
         )  # fmt: skip
     top = search_shards(index, queries, spec, home=number)
     short = np.flatnonzero(top.counts < spec.k)

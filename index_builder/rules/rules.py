@@ -244,7 +244,9 @@ class RuleEncoder:
 
     `queries` has the rule columns of all queries of the task; `exclusions` (string columns `query_id`
     and `neighbor_id`) at least the excluded pairs of these queries; with `single_images` no item has a
-    second image, so nothing is counted by item.
+    second image, so nothing is counted by item. Where the queries are then rows of the index,
+    `own_rows` int64 [n] are their numbers, different ones: a query's own item is its own row, and no
+    ids are compared.
 
     Memory: the values that occur among the queries, their excluded pairs, and the capped values of
     the corpus since the last `forget_caps`.
@@ -257,11 +259,15 @@ class RuleEncoder:
         exclusions: pa.Table | None = None,
         *,
         single_images: bool = False,
+        own_rows: NDArray[np.int64] | None = None,
     ) -> None:
         if rules.exclude is not None and exclusions is None:
             raise ValueError("the rules exclude pairs, but the task was given none to encode")
         self._rules = rules
-        compared = (OWN_ITEM, *rules.same, *rules.different)
+        if own_rows is not None and not single_images:
+            raise ValueError("own_rows tell items apart only where no item has a second image")
+        self._own_rows = own_rows
+        compared = (*rules.same, *rules.different, *(() if own_rows is not None else (OWN_ITEM,)))
         self._values = {name: pc.unique(queries[name]).drop_null() for name in compared}
         capped = zip(rules.capped_columns, rules.caps, strict=True)
         kept = [one for one in capped if one[0] != OWN_ITEM or not single_images]
@@ -273,8 +279,10 @@ class RuleEncoder:
             self._exclusions = _Exclusions(queries[rules.exclude.by], exclusions)
 
     def encode_queries(self, table: pa.Table) -> QueryCodes:
-        """Returns the codes of some of the queries."""
+        """Returns the codes of some of the queries; of all of them where `own_rows` are given."""
         same, different = self._compared(table)
+        if self._own_rows is not None:
+            different[0] = np.arange(len(self._own_rows), dtype=np.int32)
         if self._exclusions is None:
             none = QueryCodes.none(len(table))
             return QueryCodes(same, different, none.excluded_offsets, none.excluded)
@@ -282,9 +290,18 @@ class RuleEncoder:
         offsets, excluded = self._exclusions.of_queries(table[self._rules.exclude.by])
         return QueryCodes(same, different, offsets, excluded)
 
-    def encode_candidates(self, table: pa.Table) -> CandidateCodes:
-        """Returns the codes of candidates; a table has their rule columns."""
+    def encode_candidates(self, table: pa.Table, first_row: int | None = None) -> CandidateCodes:
+        """Returns the codes of candidates; a table has their rule columns.
+
+        They are the rows of the index from `first_row` on, which is needed where `own_rows` are given.
+        """
         same, different = self._compared(table)
+        if self._own_rows is not None:
+            if first_row is None:
+                raise ValueError("own_rows are given, but not which rows of the index these are")
+            places = self._own_rows - first_row
+            inside = np.flatnonzero((places >= 0) & (places < len(table)))
+            different[0, places[inside]] = inside
         excluded = np.full(len(table), -1, dtype=np.int32)
         if self._exclusions is not None:
             assert self._rules.exclude is not None
@@ -318,12 +335,15 @@ class RuleEncoder:
 
     def _compared(self, table: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         same = self._encode_columns(table, self._rules.same)
-        return same, self._encode_columns(table, (OWN_ITEM, *self._rules.different))
+        # The first is the own item; with `own_rows` it is left to the caller.
+        own = None if self._own_rows is not None else OWN_ITEM
+        return same, self._encode_columns(table, (own, *self._rules.different))
 
-    def _encode_columns(self, table: pa.Table, names: tuple[str, ...]) -> NDArray[np.int32]:
-        codes = np.empty((len(names), len(table)), dtype=np.int32)
+    def _encode_columns(self, table: pa.Table, names: tuple[str | None, ...]) -> NDArray[np.int32]:
+        codes = np.full((len(names), len(table)), -1, dtype=np.int32)
         for row, name in enumerate(names):
-            codes[row] = _codes_in(table[name], self._values[name])
+            if name is not None:
+                codes[row] = _codes_in(table[name], self._values[name])
         return codes
 
 

@@ -57,7 +57,7 @@ def propose(
     with query_ranges(probes, table_bytes(codebooks.subspaces), threads) as run:
         for number in shards:
             with open_shard(index, number, columns) as shard, open_codes(index, number) as packed:
-                candidates = encoder.encode_candidates(shard.table)
+                candidates = encoder.encode_candidates(shard.table, shard.first_row)
                 # Caps are looked at when the proposals are decided about.
                 encoder.forget_caps(np.empty((len(candidates.caps), 0), dtype=np.int32))
                 lists = _PreparedLists(packed, codebooks)

@@ -101,12 +101,20 @@ class Queries:
         exclusions: pa.Table | None = None,
         *,
         single_images: bool = False,
+        own_rows: NDArray[np.int64] | None = None,
     ) -> "Queries":
         """Prepares queries; `table` has their rule columns, in the order of the vectors.
 
-        `exclusions` and `single_images` are as RuleEncoder takes them.
+        `exclusions` and `single_images` are as RuleEncoder takes them, and so are `own_rows` where no
+        item has a second image.
         """
-        encoder = RuleEncoder(rules, table, exclusions, single_images=single_images)
+        encoder = RuleEncoder(
+            rules,
+            table,
+            exclusions,
+            single_images=single_images,
+            own_rows=own_rows if single_images else None,
+        )
         block = Block(vectors, norms, encoder.encode_queries(table))
         return Queries(block, probes, encoder)
 
@@ -199,6 +207,7 @@ def find_neighbors(
         spec.rules,
         stored.exclusions,
         single_images=index.single_images,
+        own_rows=None if stored.home is None else stored.first_row + places,
     )
     top = search_shards(index, queries, spec, home=stored.home)
     columns = tuple((name, table.schema.field(name).type) for name in spec.columns)
@@ -306,7 +315,7 @@ class _Corpus:
         self._shard = shard
         self._ids = shard.ids()
         self._vectors, self._norms = shard.vectors(), shard.squared_norms()
-        self._codes = encoder.encode_candidates(shard.table)
+        self._codes = encoder.encode_candidates(shard.table, shard.first_row)
         self._prepared: dict[int, PreparedCandidates] = {}
 
     def candidates(self, list_number: int) -> PreparedCandidates:

@@ -59,7 +59,7 @@ class _Corpus:
     def __init__(self, shard: IndexShard, encoder: RuleEncoder) -> None:
         self.shard = shard
         self.vectors, self.norms = shard.vectors(), shard.squared_norms()
-        self.caps = encoder.encode_candidates(shard.table).caps
+        self.caps = encoder.encode_candidates(shard.table, shard.first_row).caps
         self.ids: IdColumn = shard.ids()
         self.starts = np.asarray(
             [shard.layout.list_rows(shard.number, number)[0] for number in shard.lists], dtype=np.int64

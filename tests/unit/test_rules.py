@@ -98,6 +98,23 @@ def test_without_second_images_nothing_is_counted_by_item() -> None:
     assert encoder.cap_values == 3
 
 
+def test_rows_of_the_index_are_their_own_items() -> None:
+    # The queries are the rows 11, 3 and 12 of an index, and the candidates those from 10 to 13.
+    own_rows = np.asarray([11, 3, 12])
+    rules = JoinRules(different=("brand",))
+    encoder = RuleEncoder(rules, QUERIES, single_images=True, own_rows=own_rows)
+    queries, corpus = encoder.encode_queries(QUERIES), encoder.encode_candidates(CORPUS, 10)
+    assert queries.different[0].tolist() == [0, 1, 2]
+    assert corpus.different[0].tolist() == [-1, 0, 2, -1]
+    usual = RuleEncoder(rules, QUERIES, single_images=True)
+    assert queries.different[1].tolist() == usual.encode_queries(QUERIES).different[1].tolist()
+    assert corpus.different[1].tolist() == usual.encode_candidates(CORPUS).different[1].tolist()
+    with pytest.raises(ValueError, match="which rows"):
+        encoder.encode_candidates(CORPUS)
+    with pytest.raises(ValueError, match="no item has a second image"):
+        RuleEncoder(rules, QUERIES, own_rows=own_rows)
+
+
 def test_capped_values_that_nothing_kept_has_are_forgotten() -> None:
     encoder = RuleEncoder(JoinRules(max_per=(("brand", 2),)), QUERIES)
     codes = encoder.encode_candidates(CORPUS).caps
