@@ -82,17 +82,20 @@ def build(
     recall, nprobe is chosen on a sample of queries under the rules and without the excluded pairs, by
     `promise` (default: of that recall).
 
-    Raises ConfigError for an index that cannot be built and for excluded pairs that are not there,
+    Raises ConfigError for an index that cannot be built, for rules on columns that neither the
+    embeddings nor near-duplicate groups have, and for excluded pairs that are not there,
     DatasetError for embeddings that cannot be indexed; before any work where that can be known.
     """
     source = _load_embeddings(embeddings_folder)
     resolved = spec.resolve(source.rows, embeddings.load_dim(source), goal)
     described = plan.describe_source(embeddings_folder, source)
-    plan.check_memory(resolved, described)
+    build_spec.check_rule_columns(rules, embeddings.column_types(source.schema))
     calibration = None
     if goal.min_recall and spec.nprobe is None and resolved.nprobe < resolved.nlist:
         files = None if exclusions is None else find_exclusions(exclusions)
         calibration = CalibrationSpec(promise or Promise(goal.min_recall), goal.k, rules, files)
+    calibrated_on = 0 if calibration is None else calibration.most_queries(source.rows)
+    plan.check_memory(resolved, described, calibrated_on=calibrated_on)
     identity = build_spec.index_identity(source, spec, None, goal, calibration)
     if _is_there(index_folder, shards.KIND, identity):
         return index_folder

@@ -76,19 +76,22 @@ def build_index(
     described = plan.describe_source(embeddings_folder, source)
     searched = spec if retry is None else spec.settled(retry.nprobe, retry.refine)
     chosen = "" if retry is None else f" of attempt {retry.attempt}"
-    plan.check_memory(searched, described, chosen)
     table = open_metadata(config)
     if table is not None:
         check_collisions(table.spec, [field["name"] for field in source.schema])
+    known = embeddings.column_types(source.schema)
+    if table is not None:
+        known |= {name: embeddings.METADATA_TYPES[kind] for name, kind in table.spec.columns}
+    build_spec.check_rule_columns(config.join_spec().rules, known)
     identity = _identity(config, source, table, retry)
     folder = dataset_folder(config.workspace, shards.KIND, identity)
     calibration = calibration_of(config, spec)
+    # A retry takes over what was chosen before.
+    queries = 0 if calibration is None or retry is not None else calibration.most_queries(source.rows)
+    plan.check_memory(searched, described, chosen, queries)
     graph = BuildSpec(
         embeddings_folder, source.parts, spec, folder, identity, table, calibration, retry
     )
-
-    # A retry takes over what was chosen before.
-    queries = 0 if calibration is None or retry is not None else calibration.most_queries(source.rows)
 
     @functools.cache
     def speed() -> HostSpeed:

@@ -26,13 +26,13 @@ def plan_build(config: Config, embeddings_folder: str) -> dict[str, Any]:
     source = manifests.load(embeddings_folder, embeddings.KIND)
     spec = config.index_spec().resolve(source.rows, embeddings.load_dim(source), config.goal())
     described = plan.describe_source(embeddings_folder, source)
-    plan.check_memory(spec, described)
+    calibration = calibration_of(config, spec)
+    queries = 0 if calibration is None else calibration.most_queries(source.rows)
+    plan.check_memory(spec, described, calibrated_on=queries)
     speed = measure_host(
         spec.rows, spec.dim, spec.nlist, spec.nprobe, spec.goal.k, config.workspace,
         _CALIBRATION_SECONDS,
     )  # fmt: skip
-    calibration = calibration_of(config, spec)
-    queries = 0 if calibration is None else calibration.most_queries(source.rows)
     return plan.plan_build(spec, described, speed, queries).to_json()
 
 

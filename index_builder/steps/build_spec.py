@@ -1,8 +1,10 @@
 """What is built, and the fingerprint of the index that comes of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import pyarrow as pa
 
 from index_builder.datasets import embeddings, manifests, storage
 from index_builder.datasets.fingerprints import fingerprint
@@ -14,8 +16,12 @@ from index_builder.index.sharding import IndexLayout
 from index_builder.index.spec import IndexSpec, ResolvedSpec
 from index_builder.recall.calibration import CalibrationSpec
 from index_builder.recall.query_sample import QuerySample
+from index_builder.rules.rules import JoinRules, check_rules
 from index_builder.search.corpus import Corpus
+from index_builder.search.groups import COLUMNS, SCHEMA
 
+# Of the near-duplicate groups that may be found beside the finished index.
+_GROUP_COLUMNS = {name: SCHEMA.field(name).type for name in COLUMNS}
 # Raised when the same embeddings and configuration give other bytes than before.
 REVISION = 4
 
@@ -25,6 +31,12 @@ Tally = Callable[[str, int], None]
 
 def no_tally(name: str, amount: int) -> None:
     """Forgets what a step tells of its work."""
+
+
+def check_rule_columns(rules: JoinRules, columns: Mapping[str, pa.DataType]) -> None:
+    """Raises ConfigError when rules name a column that an index of such columns will not have."""
+    known = {**columns, **_GROUP_COLUMNS}
+    check_rules(rules, known, known)
 
 
 @dataclasses.dataclass(frozen=True)

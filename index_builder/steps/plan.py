@@ -153,7 +153,7 @@ def _first_rows(folder: str, part: Part) -> pa.Table:
 def plan_build(spec: ResolvedSpec, source: Source, speed: HostSpeed, calibrated_on: int = 0) -> Plan:
     """Predicts a build of `spec` from `source`; nprobe is chosen on so many queries, if on any."""
     rows, wide, dim, nlist, nprobe = spec.rows, spec.encoder_dim, spec.dim, spec.nlist, spec.nprobe
-    memory = build_memory(spec, source)
+    memory = build_memory(spec, source, calibrated_on)
     centroids = nlist * dim
     code_bytes = rows * 2 * dim
     kept = rows * source.kept_row_bytes
@@ -208,8 +208,7 @@ def plan_build(spec: ResolvedSpec, source: Source, speed: HostSpeed, calibrated_
             + calibrated_on * rows * (2.0 * dim / speed.product32 + _COMPARED_SECONDS)
             + 2.0 * calibrated_on * nlist * dim / speed.product64
         )
-        held = memory["check"] + calibrated_on * (14 * dim + _BLOCK_ROWS * _COMPARED_BYTES)
-        steps = (*steps[:2], Step("calibrate", held, calibrate), *steps[2:])
+        steps = (*steps[:2], Step("calibrate", memory["calibrate"], calibrate), *steps[2:])
     figures = {
         "rows": rows,
         "choices": spec.choices(),
@@ -222,8 +221,11 @@ def plan_build(spec: ResolvedSpec, source: Source, speed: HostSpeed, calibrated_
     return Plan("build", spec.reasons, disk, steps, figures)
 
 
-def build_memory(spec: ResolvedSpec, source: Source) -> dict[str, int]:
-    """Returns the memory that each step of a build adds, and that of a join task over the result."""
+def build_memory(spec: ResolvedSpec, source: Source, calibrated_on: int = 0) -> dict[str, int]:
+    """Returns the memory that each step of a build adds, and that of a join task over the result.
+
+    `calibrated_on` is as `plan_build` takes it.
+    """
     dim, wide, nlist, nprobe = spec.dim, spec.encoder_dim, spec.nlist, spec.nprobe
     group = source.group_rows * (2 * wide * source.number_bytes + 2 * source.kept_row_bytes)
     widened = 8 * wide if spec.request.transform.kind == "none" else 16 * wide + 24 * dim
@@ -236,8 +238,11 @@ def build_memory(spec: ResolvedSpec, source: Source) -> dict[str, int]:
     short = product_quantizer.code_bytes(dim) if spec.may_have_codes else 0
     shard = shard_rows * (2 * dim + short + 2 * (source.kept_row_bytes + 4 * nprobe) + 24)
     refine = spec.request.refine if spec.may_have_codes else None
+    checked = int(max(_CHECKED_GROUPS, readers() * _READ_GROUPS) * group) + _STEP_BYTES
+    queries = calibrated_on * (14 * dim + _BLOCK_ROWS * _COMPARED_BYTES)
     return {
-        "check": int(max(_CHECKED_GROUPS, readers() * _READ_GROUPS) * group) + _STEP_BYTES,
+        "check": checked,
+        "calibrate": checked + queries if calibrated_on else 0,
         "train": spec.training_bytes + max(sampled, int(readers() * group)) + _STEP_BYTES,
         "assign": int(group + block + run) + 6 * centroids + _TILE_BYTES + _STEP_BYTES,
         "build shards": int(shard) + 10 * centroids + _STEP_BYTES,
@@ -260,15 +265,15 @@ def join_memory(
     )
 
 
-def check_memory(spec: ResolvedSpec, source: Source, chosen: str = "") -> None:
-    """Raises ConfigError, before any work, when a task would take more than the memory limit.
+def check_memory(spec: ResolvedSpec, source: Source, chosen: str = "", calibrated_on: int = 0) -> None:
+    """Raises ConfigError, before any work, when a step would take more than the memory limit.
 
-    Looked at are training, the assignment of a part, one shard's build, and the task that joins it.
-    `chosen` says after nprobe who settled on it, where that is not the spec.
+    Looked at are all steps of a plan, and the task that joins a shard. `chosen` says after nprobe who
+    settled on it, where that is not the spec; `calibrated_on` is as `plan_build` takes it.
     """
     limit = spec.goal.memory_limit_bytes
     check_training_memory(spec, limit)
-    memory = build_memory(spec, source)
+    memory = build_memory(spec, source, calibrated_on)
     shard_rows = -(-spec.rows // spec.shards)
     for name, what in (("build shards", "Building one shard"), ("join task", "Joining one shard")):
         if memory[name] > limit:
@@ -287,6 +292,19 @@ def check_memory(spec: ResolvedSpec, source: Source, chosen: str = "") -> None:
             f"{spec.nprobe}{chosen}), index.memory_limit_gib allows {readable_memory(limit)}. Write "
             "the embeddings with smaller row groups, lower index.nlist, or raise the limit."
         )
+    fewer = ", lower evaluate.sample" if calibrated_on else ""
+    for name, what, remedy in (
+        ("check", "Checking the embeddings", ""),
+        ("train", "Sampling the embeddings", ", lower index.training_rows"),
+        ("calibrate", f"Choosing nprobe on {calibrated_on} queries", fewer),
+    ):
+        if memory[name] > limit:
+            raise ConfigError(
+                f"{what} would take {readable_memory(memory[name])} (row groups of {source.group_rows} "
+                f"embeddings of {spec.encoder_dim} numbers, {readers()} read at a time), "
+                f"index.memory_limit_gib allows {readable_memory(limit)}. Write the embeddings with "
+                f"smaller row groups{remedy}, or raise the limit."
+            )
 
 
 def guess_pairs(spec: ResolvedSpec) -> int:

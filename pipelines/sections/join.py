@@ -20,6 +20,8 @@ class Join(Section):
         "again over this many lists; `auto`: four times index.nprobe; 0: never.",
     )
     evidence: tuple[Literal["margin"], ...] = Field(
-        (), description="More about each neighbour: `margin` is its score minus that of the next."
+        (),
+        description="More about each neighbour than its exact score and its rank, the place in the "
+        "list, which are always there: `margin` is its score minus that of the next.",
     )
     threads: AutoCount = Field(None, description="Threads of one join task; `auto`: all cores.")

@@ -18,7 +18,10 @@ from index_builder.datasets import manifests
 from index_builder.datasets.embeddings import EmbeddingSchema
 from index_builder.datasets.manifests import Manifest
 from index_builder.errors import ConfigError, DatasetError, FingerprintError
+from index_builder.index.kmeans import find_centroids
+from index_builder.index.shards import open_index
 from index_builder.library import Goal, IndexSpec, JoinSpec, Metric, Promise, TransformSpec
+from index_builder.rules.rules import JoinRules
 from index_builder.steps import building, index_manifest, joining, queries
 from index_builder.steps.importing import import_arrays
 
@@ -206,7 +209,32 @@ def test_an_index_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> N
         library.build(corpus, index, IndexSpec(nlist=4, nprobe=9))
     with pytest.raises(ConfigError, match="memory"):
         library.build(corpus, index, SPEC, Goal(memory_limit_bytes=1000))
+    with pytest.raises(ConfigError, match="join.rules.same: there is no column 'colour'"):
+        library.build(corpus, index, SPEC, rules=JoinRules(same=("colour",)))
     assert not (tmp_path / "index").exists()
+
+
+def test_an_index_tells_of_uneven_lists_and_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No vector with positive numbers alone is nearest to the opposite of one.
+    def with_opposites(*arguments: Any, **settings: Any) -> np.ndarray[Any, Any]:
+        found = find_centroids(*arguments, **settings)
+        return np.concatenate([found, -found])
+
+    monkeypatch.setattr("index_builder.index.training.find_centroids", with_opposites)
+    # Most rows are close to one direction: a few lists have nearly all of them.
+    vectors = np.abs(clustered(2000))
+    vectors[:1500] = vectors[0] + 0.05 * vectors[:1500]
+    corpus = import_arrays(vectors, [str(row) for row in range(2000)], str(tmp_path / "corpus"))
+    index = open_index(library.build(corpus, str(tmp_path / "index"), SPEC))
+    sizes, told = np.diff(index.layout.list_offsets), index.manifest.properties
+    assert told["empty_lists"] == (sizes == 0).sum() >= 8
+    assert told["imbalance"] == pytest.approx(len(sizes) * (sizes**2).sum() / 2000**2, abs=1e-6)
+    assert told["imbalance"] > 2
+    rows = np.diff(index.layout.shard_offsets)
+    assert told["largest_shard_over_mean"] == pytest.approx(rows.max() / rows.mean(), abs=1e-6)
+    assert told["largest_shard_over_mean"] <= 1.2
 
 
 def test_nprobe_is_chosen_for_a_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,33 @@ def test_a_row_group_that_does_not_fit_is_refused() -> None:
         plan.check_memory(spec, wide)
 
 
+@pytest.mark.parametrize(
+    ("step", "queries", "told"),
+    [
+        ("check", 0, r"Checking the embeddings would take .* smaller row groups, or raise"),
+        (
+            "calibrate",
+            9,
+            r"Choosing nprobe on 9 queries would take .*, lower evaluate\.sample, or ",
+        ),
+    ],
+)
+def test_every_step_of_the_plan_fits_into_the_limit(step: str, queries: int, told: str) -> None:
+    # A row group is far more than what the other steps take.
+    source = Source(20_000, 1280, 2, 16_384, 16_384, 80.0, 20_000 * 2600)
+    request = IndexSpec(nlist=20, nprobe=4, training_rows=1000, shards=200)
+    goal = Goal(5, 0.0, 8 << 30)
+    memory = plan.build_memory(request.resolve(20_000, 1280, goal), source, queries)
+    assert memory[step] == max(memory.values())
+    for limit in (memory[step], memory[step] - 1):
+        spec = request.resolve(20_000, 1280, dataclasses.replace(goal, memory_limit_bytes=limit))
+        if limit == memory[step]:
+            plan.check_memory(spec, source, calibrated_on=queries)
+            continue
+        with pytest.raises(ConfigError, match=told):
+            plan.check_memory(spec, source, calibrated_on=queries)
+
+
 def test_training_is_looked_at_first() -> None:
     spec = limited(256 << 20, shards=1)
     with pytest.raises(ConfigError, match="Training the index would take"):
