@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from index_builder.errors import ConfigError
 from index_builder.index.shards import IndexDataset, read_shard_table
 from index_builder.rules.rules import OWN_ITEM, JoinRules
+from index_builder.search.groups import COLUMNS
 
 _MOST_LISTED = 3
 
@@ -46,10 +47,17 @@ def _check_column(index: IndexDataset, name: str) -> None:
         listed = [
             f"{item!r} has {' and '.join(sorted(map(repr, found)))}" for item, found in torn.items()
         ]
+        # Near copies are grouped image by image, so nobody can correct that.
+        remedy = (
+            "Keep one image of a group instead, with {column: is_representative, equals: true} among "
+            "join.rules.candidates."
+            if name in COLUMNS
+            else "Correct the metadata, or cap another column."
+        )
         raise ConfigError(
             f"join.rules.max_per: in {index.folder} the images of {len(torn):,} items have different "
             f"values of {name!r}, wanted one value an item, or the best cannot be kept exactly; the "
-            f"first: {'; '.join(listed[:_MOST_LISTED])}. Correct the metadata, or cap another column."
+            f"first: {'; '.join(listed[:_MOST_LISTED])}. {remedy}"
         )
 
 

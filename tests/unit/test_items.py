@@ -62,6 +62,19 @@ def test_values_whose_hashes_are_equal_as_numbers(tmp_path: Path) -> None:
         check_items(index, JoinRules(max_per=(("size", 2),)))
 
 
+def test_groups_that_part_an_item_have_a_remedy_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = gaussian_catalogue(4, 12)
+    catalogue = Catalogue(
+        base.vectors, base.image_ids, item_ids=["i", "j", "j", "j"], brands=["g", "h", "h", "g"]
+    )
+    index = build_index(tmp_path, catalogue, IndexSpec(nlist=1, shards=1))
+    monkeypatch.setattr(items, "COLUMNS", ("brand",))
+    with pytest.raises(ConfigError, match=r"'j' has 'g' and 'h'\. Keep one .*is_representative"):
+        check_items(index, CAPPED)
+
+
 def test_items_of_one_image_need_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = build_index(tmp_path, gaussian_catalogue(30, 12), IndexSpec(nlist=5, shards=2))
     assert index.single_images
