@@ -280,9 +280,11 @@ class RuleEncoder:
 
     def encode_queries(self, table: pa.Table) -> QueryCodes:
         """Returns the codes of some of the queries; of all of them where `own_rows` are given."""
-        same, different = self._compared(table)
-        if self._own_rows is not None:
-            different[0] = np.arange(len(self._own_rows), dtype=np.int32)
+        if self._own_rows is None:
+            own = _codes_in(table[OWN_ITEM], self._values[OWN_ITEM])
+        else:
+            own = np.arange(len(self._own_rows), dtype=np.int32)
+        same, different = self._compared(table, own)
         if self._exclusions is None:
             none = QueryCodes.none(len(table))
             return QueryCodes(same, different, none.excluded_offsets, none.excluded)
@@ -295,13 +297,16 @@ class RuleEncoder:
 
         They are the rows of the index from `first_row` on, which is needed where `own_rows` are given.
         """
-        same, different = self._compared(table)
-        if self._own_rows is not None:
-            if first_row is None:
-                raise ValueError("own_rows are given, but not which rows of the index these are")
+        if self._own_rows is None:
+            own = _codes_in(table[OWN_ITEM], self._values[OWN_ITEM])
+        elif first_row is None:
+            raise ValueError("own_rows are given, but not which rows of the index these are")
+        else:
+            own = np.full(len(table), -1, dtype=np.int32)
             places = self._own_rows - first_row
             inside = np.flatnonzero((places >= 0) & (places < len(table)))
-            different[0, places[inside]] = inside
+            own[places[inside]] = inside
+        same, different = self._compared(table, own)
         excluded = np.full(len(table), -1, dtype=np.int32)
         if self._exclusions is not None:
             assert self._rules.exclude is not None
@@ -333,17 +338,17 @@ class RuleEncoder:
             codes[codes >= 0] = np.searchsorted(used, codes[codes >= 0])
             numbers.keep(used)
 
-    def _compared(self, table: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def _compared(
+        self, table: pa.Table, own: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Returns what must be the same and what must differ; `own` are the codes of the item."""
         same = self._encode_columns(table, self._rules.same)
-        # The first is the own item; with `own_rows` it is left to the caller.
-        own = None if self._own_rows is not None else OWN_ITEM
-        return same, self._encode_columns(table, (own, *self._rules.different))
+        return same, np.vstack([own[None], self._encode_columns(table, self._rules.different)])
 
-    def _encode_columns(self, table: pa.Table, names: tuple[str | None, ...]) -> NDArray[np.int32]:
-        codes = np.full((len(names), len(table)), -1, dtype=np.int32)
+    def _encode_columns(self, table: pa.Table, names: tuple[str, ...]) -> NDArray[np.int32]:
+        codes = np.empty((len(names), len(table)), dtype=np.int32)
         for row, name in enumerate(names):
-            if name is not None:
-                codes[row] = _codes_in(table[name], self._values[name])
+            codes[row] = _codes_in(table[name], self._values[name])
         return codes
 
 

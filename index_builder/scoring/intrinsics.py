@@ -134,7 +134,6 @@ def _dot(convert):
                 fastmath=("reassoc",),
             )
             rest = cgutils.alloca_once_value(builder, summed)
-            builder.store(summed, rest)
             whole = builder.mul(steps, ir.Constant(number, WIDE))
             add_products(rest, whole, builder.sub(count, whole), half, double)
             return builder.load(rest, typ=double)

@@ -67,8 +67,8 @@ class QueryArrays(NamedTuple):
 class CandidateArrays(NamedTuple):
     """What decides about n candidates; see Block, CandidateCodes, IdColumn.
 
-    Distinct vector r belongs to the rows `runs[r]` to
-    `runs[r + 1]`, int64; `lengths` and `halves`, float32 [runs], are its |x| and |x|^2 / 2.
+    Distinct vector r belongs to the rows `runs[r]` to `runs[r + 1]`, int64; `lengths` and `halves`,
+    float32 [runs], are its |x| and |x|^2 / 2.
     """
 
     vectors: RowArrays

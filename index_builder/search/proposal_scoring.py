@@ -53,7 +53,7 @@ def decide(
 class _Corpus:
     """A shard made ready for scoring some of its rows.
 
-    `list_of_row` int32 [rows] and `starts` int64 [lists] count lists from the shard's first.
+    `list_of_row` int32 [rows] counts the `lists` of the shard from its first.
     """
 
     def __init__(self, shard: IndexShard, encoder: RuleEncoder) -> None:
@@ -61,11 +61,10 @@ class _Corpus:
         self.vectors, self.norms = shard.vectors(), shard.squared_norms()
         self.caps = encoder.encode_candidates(shard.table, shard.first_row).caps
         self.ids: IdColumn = shard.ids()
-        self.starts = np.asarray(
-            [shard.layout.list_rows(shard.number, number)[0] for number in shard.lists], dtype=np.int64
-        )
-        sizes = np.diff(np.append(self.starts, len(self.norms)))
-        self.list_of_row = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        bounds = [shard.layout.list_rows(shard.number, number) for number in shard.lists]
+        sizes = [stop - start for start, stop in bounds]
+        self.lists = len(sizes)
+        self.list_of_row = np.repeat(np.arange(self.lists, dtype=np.int32), sizes)
 
 
 def _settle(
@@ -77,17 +76,15 @@ def _settle(
     asked: NDArray[np.int64],
 ) -> None:
     """Enters what a range of the queries has proposed of a shard, list by list."""
-    ends, owners, found = _group_pairs(
-        rows, counts, asked, corpus.shard.first_row, corpus.list_of_row, len(corpus.starts)
+    owners, found = _group_pairs(
+        rows, counts, asked, corpus.shard.first_row, corpus.list_of_row, corpus.lists
     )
-    for place in np.flatnonzero(np.diff(ends)):
-        pairs = slice(ends[place], ends[place + 1])
-        _enter_pairs(
-            owners[pairs], found[pairs], queries.arrays.vectors, queries.arrays.norms,
-            corpus.vectors.arrays, corpus.norms, corpus.shard.first_row,
-            corpus.caps, corpus.ids.data, corpus.ids.offsets,
-            top.metric.code, top.unscale, top.caps, top.heaps,
-        )  # fmt: skip
+    _enter_pairs(
+        owners, found, queries.arrays.vectors, queries.arrays.norms,
+        corpus.vectors.arrays, corpus.norms, corpus.shard.first_row,
+        corpus.caps, corpus.ids.data, corpus.ids.offsets,
+        top.metric.code, top.unscale, top.caps, top.heaps,
+    )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
@@ -116,10 +113,10 @@ def _group_pairs(
     first_row: int,
     list_of_row: NDArray[np.int32],
     lists: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Groups the proposals of some queries that are in a shard by list.
 
-    Returns offsets int64 [lists + 1], each pair's query and its row, counted from the shard's first.
+    Returns each pair's query and its row, counted from the shard's first.
     """
     size = list_of_row.shape[0]
     offsets = np.zeros(lists + 1, dtype=np.int64)
@@ -139,7 +136,7 @@ def _group_pairs(
                 number = list_of_row[row]
                 owners[ends[number]], found[ends[number]] = slot, row
                 ends[number] += 1
-    return offsets, owners, found
+    return owners, found
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -159,7 +156,7 @@ def _enter_pairs(
     caps: NDArray[np.int64],
     heaps: Heaps,
 ) -> None:
-    """Scores pairs of a list exactly and enters them in the heaps, as `tiles.offer_tile` does.
+    """Scores pairs of a shard exactly and enters them in the heaps, as `tiles.offer_tile` does.
 
     Pair p is query `owners[p]` and row `found[p]` of the shard.
     """

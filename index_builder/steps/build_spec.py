@@ -34,9 +34,12 @@ def no_tally(name: str, amount: int) -> None:
 
 
 def check_rule_columns(rules: JoinRules, columns: Mapping[str, pa.DataType]) -> None:
-    """Raises ConfigError when rules name a column that an index of such columns will not have."""
+    """Raises ConfigError when rules need a column of candidates that such an index will not have.
+
+    What `rules.queries` names may be of other queries than the rows of the index.
+    """
     known = {**columns, **_GROUP_COLUMNS}
-    check_rules(rules, known, known)
+    check_rules(dataclasses.replace(rules, queries=()), known, known)
 
 
 @dataclasses.dataclass(frozen=True)
