@@ -12,11 +12,29 @@ from numpy.typing import NDArray
 from index_builder.rules.rules import CandidateCodes, QueryCodes
 from index_builder.scoring.blocks import Block, IdColumn
 from index_builder.scoring.metrics import Metric
+from index_builder.scoring.products import NumpyProduct
 from index_builder.scoring.topk import TopK
 from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.vectors import squared_norms, unit_float16
 
 METRICS = list(Metric)
+
+
+class RoundedProduct(NumpyProduct):
+    """A product that rounds its inputs as bfloat16 does, on hosts without bfloat16, too."""
+
+    def __init__(self) -> None:
+        super().__init__("rounded", 2.0**-8)
+
+    def multiply(self, queries: np.ndarray, corpus: np.ndarray, out: np.ndarray) -> None:
+        """See Product."""
+        np.matmul(_rounded(queries), _rounded(corpus).T, out=out)
+
+
+def _rounded(numbers: np.ndarray) -> np.ndarray:
+    bits = numbers.view(np.uint32)
+    nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (nearest & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def spread(matrix: NDArray[np.float16], seed: int = 0) -> VectorRows:

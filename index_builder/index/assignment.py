@@ -11,7 +11,7 @@ from index_builder.rules.rules import CandidateCodes, QueryCodes
 from index_builder.scoring.blocks import Block, IdColumn, PreparedCandidates, PreparedQueries
 from index_builder.scoring.list_scan import list_scan
 from index_builder.scoring.metrics import Metric
-from index_builder.scoring.products import Product, fastest_product, timed_products
+from index_builder.scoring.products import Product, fastest_product
 from index_builder.scoring.topk import TopK
 from index_builder.scoring.vector_rows import VectorRows
 from index_builder.scoring.vectors import squared_norms
@@ -19,10 +19,6 @@ from index_builder.scoring.vectors import squared_norms
 # Where more than this share of the lists is asked for, they are sorted rather than selected.
 _SORTED_SHARE = 0.25
 _SORTED_NUMBERS = 1 << 22
-# Vectors on which a product that rounds is tried, and the share of pairs scored exactly above which
-# one in float32 is faster: scoring a pair takes about as long as 20 of its products.
-_TRIED_ROWS = 2048
-_WORTH_SCORING = 0.04
 
 
 def nearest_lists(
@@ -146,8 +142,7 @@ def _select(
 class NearestCentroids:
     """Vectors that are compared with all of one set of centroids after another, as k-means does.
 
-    `threads` and `product` are as `list_scan` takes them. Without a product it is the fastest one,
-    unless its error lets so many pairs through that one in float32 is faster; the result is the same.
+    `threads` and `product` are as `list_scan` takes them; without a product it is the fastest one.
     """
 
     def __init__(
@@ -161,23 +156,13 @@ class NearestCentroids:
         self.squared_norms = squared_norms(vectors)
         self._metric = Metric.EUCLIDEAN if metric is Metric.EUCLIDEAN else Metric.INNER_PRODUCT
         self._queries = _as_queries(vectors, self.squared_norms)
-        # Vectors may come in any order: those that are looked at first are from all over.
-        tried = np.linspace(0, len(vectors) - 1, min(_TRIED_ROWS, len(vectors))).astype(np.int64)
-        self._tried = _as_queries(vectors[tried], self.squared_norms[tried])
         self._product = product
 
     def find(self, centroids: NDArray[np.float16]) -> NDArray[np.int64]:
         """Returns the number of each vector's nearest centroid, int64 [n]; the lower one of two."""
-        product = self._product or self._choose(centroids)
+        product = self._product or fastest_product()
         top = _select(self._queries, centroids, 1, self._metric, self.threads, product)
         return top.rows[:, 0]
-
-    def _choose(self, centroids: NDArray[np.float16]) -> Product:
-        fast = fastest_product()
-        if fast.unit_roundoff == 0:
-            return fast
-        top = _select(self._tried, centroids, 1, self._metric, self.threads, fast)
-        return fast if top.rescored <= _WORTH_SCORING * top.proposed else timed_products()[0].product
 
 
 def _sorted_lists(

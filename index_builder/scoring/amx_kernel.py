@@ -16,7 +16,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from index_builder.scoring.intrinsics import call_llvm, cpu_features
+from index_builder.scoring.intrinsics import call_llvm, cpu_features, prefetch_l2
+from index_builder.scoring.panels import round_rows
+from index_builder.scoring.vector_rows import RowArrays
 
 # Vectors of a panel, and dimensions of a step.
 BLOCK = 16
@@ -76,15 +78,18 @@ def _end_tiles(typing_context):
     return types.void(), generate
 
 
-@intrinsic
-def _amx_block(typing_context, a, a_stride, b, b_stride, c, c_stride, steps):
+@intrinsic(prefer_literal=True)
+def _amx_block(typing_context, parts, a, a_stride, a_low, b, b_stride, b_low, c, c_stride, steps):
     """C [32, 32] = A [32, 32 steps] times two packed blocks; addresses and strides in bytes.
 
-    A's rows are bfloat16, `b_stride` leads from one block to the next, C is float32.
+    A's rows are bfloat16, `b_stride` leads from one block to the next, C is float32. `parts` is a
+    literal: 2 where every number is the sum of two bfloat16 ones, whose lower parts lie `a_low` and
+    `b_low` bytes further; then three products are summed, all but that of the two lower parts.
     """
+    split = parts.literal_value == 2
 
     def generate(context, builder, signature, arguments):
-        a, a_stride, b, b_stride, c, c_stride, steps = arguments
+        _, a, a_stride, a_low, b, b_stride, b_low, c, c_stride, steps = arguments
 
         def number(value):
             return ir.Constant(_I8, value)
@@ -96,22 +101,44 @@ def _amx_block(typing_context, a, a_stride, b, b_stride, c, c_stride, steps):
             place = [number(tile), address(base, offset), stride]
             call_llvm(builder, "llvm.x86.tileloadd64", _VOID, place)
 
+        def multiply(total, left, right):
+            tiles = [number(total), number(left), number(right)]
+            call_llvm(builder, "llvm.x86.tdpbf16ps", _VOID, tiles)
+
         zero = ir.Constant(_I64, 0)
         second = builder.mul(a_stride, ir.Constant(_I64, BLOCK))
+        row_bytes = ir.Constant(_I64, 2 * STEP)
         for tile in range(4):
             call_llvm(builder, "llvm.x86.tilezero", _VOID, [number(tile)])
         with cgutils.for_range(builder, steps, intp=_I64) as loop:
             along_a = builder.mul(loop.index, ir.Constant(_I64, 2 * STEP))
             along_b = builder.mul(loop.index, ir.Constant(_I64, _STEP_BYTES))
-            row_bytes = ir.Constant(_I64, 2 * STEP)
+            below_a, beside_b = builder.add(along_a, second), builder.add(along_b, b_stride)
             load(6, b, along_b, row_bytes)
             load(4, a, along_a, a_stride)
-            call_llvm(builder, "llvm.x86.tdpbf16ps", _VOID, [number(0), number(4), number(6)])
-            load(7, b, builder.add(along_b, b_stride), row_bytes)
-            call_llvm(builder, "llvm.x86.tdpbf16ps", _VOID, [number(1), number(4), number(7)])
-            load(5, a, builder.add(along_a, second), a_stride)
-            call_llvm(builder, "llvm.x86.tdpbf16ps", _VOID, [number(2), number(5), number(6)])
-            call_llvm(builder, "llvm.x86.tdpbf16ps", _VOID, [number(3), number(5), number(7)])
+            multiply(0, 4, 6)
+            load(7, b, beside_b, row_bytes)
+            multiply(1, 4, 7)
+            load(5, a, below_a, a_stride)
+            multiply(2, 5, 6)
+            multiply(3, 5, 7)
+            if split:
+                low = builder.add(a, a_low)
+                load(4, low, along_a, a_stride)
+                multiply(0, 4, 6)
+                multiply(1, 4, 7)
+                load(5, low, below_a, a_stride)
+                multiply(2, 5, 6)
+                multiply(3, 5, 7)
+                low = builder.add(b, b_low)
+                load(6, low, along_b, row_bytes)
+                load(4, a, along_a, a_stride)
+                multiply(0, 4, 6)
+                load(7, low, beside_b, row_bytes)
+                multiply(1, 4, 7)
+                load(5, a, below_a, a_stride)
+                multiply(2, 5, 6)
+                multiply(3, 5, 7)
         below = builder.mul(c_stride, ir.Constant(_I64, BLOCK))
         beside = ir.Constant(_I64, 4 * BLOCK)
         for tile, offset in enumerate((zero, beside, below, builder.add(below, beside))):
@@ -119,37 +146,52 @@ def _amx_block(typing_context, a, a_stride, b, b_stride, c, c_stride, steps):
             call_llvm(builder, "llvm.x86.tilestored64", _VOID, place)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 7), generate
+    return types.void(parts, *[types.intp] * 9), generate
 
 
 @njit(cache=True, nogil=True)
 def multiply_tiles(
+    vectors: RowArrays,
+    queries: NDArray[np.int64],
     a: NDArray[np.uint16],
     b: NDArray[np.uint32],
     out: NDArray[np.float32],
     edge: NDArray[np.float32],
     configuration: NDArray[np.uint8],
 ) -> None:
-    """Writes the products of rounded rows to out [m, n], C-contiguous.
+    """Writes the products of some rows of `vectors` by packed ones to out [m, n], C-contiguous.
 
-    `a` holds rows of bfloat16 [m padded to BLOCK_ROWS, d padded to STEP], `b` panels of BLOCK vectors
-    as deep, an even number of them; `edge` is scratch of [BLOCK_ROWS, BLOCK_COLUMNS].
+    The rows `queries` [m] are rounded or split a block at a time, and their blocks stay in the second
+    cache: `a` [parts, BLOCK_ROWS, d padded to STEP] is scratch, zero beyond d. `b` [parts, words] holds
+    panels of BLOCK vectors as deep, an even number of them; `edge` is scratch of [BLOCK_ROWS,
+    BLOCK_COLUMNS].
     """
     m, n = out.shape
-    steps = a.shape[1] // STEP
-    a_stride, b_stride, c_stride = 2 * a.shape[1], _STEP_BYTES * steps, 4 * n
+    steps = a.shape[2] // STEP
+    a_stride, b_stride, c_stride = 2 * a.shape[2], _STEP_BYTES * steps, 4 * n
+    a_low, b_low = a_stride * a.shape[1], 4 * b.shape[1]
+    split = a.shape[0] == 2
+    left = a.ctypes.data
     _begin_tiles(configuration.ctypes.data)
-    for j in range(0, n, BLOCK_COLUMNS):
-        right = b.ctypes.data + (j // BLOCK) * b_stride
-        for i in range(0, m, BLOCK_ROWS):
-            left = a.ctypes.data + i * a_stride
-            rows, columns = min(BLOCK_ROWS, m - i), min(BLOCK_COLUMNS, n - j)
-            if rows == BLOCK_ROWS and columns == BLOCK_COLUMNS:
-                place = out.ctypes.data + i * c_stride + 4 * j
-                _amx_block(left, a_stride, right, b_stride, place, c_stride, steps)
+    for i in range(0, m, BLOCK_ROWS):
+        rows = min(BLOCK_ROWS, m - i)
+        round_rows(vectors, queries[i : i + rows], a)
+        for row in range(i + rows, min(i + rows + BLOCK_ROWS, m)):
+            start = vectors.bits.ctypes.data + 2 * vectors.starts[queries[row]]
+            for line in range(0, 2 * vectors.dim, 64):
+                prefetch_l2(start + line)
+        for j in range(0, n, BLOCK_COLUMNS):
+            right = b.ctypes.data + (j // BLOCK) * b_stride
+            columns = min(BLOCK_COLUMNS, n - j)
+            whole = rows == BLOCK_ROWS and columns == BLOCK_COLUMNS
+            place, stride = edge.ctypes.data, 4 * BLOCK_COLUMNS
+            if whole:
+                place, stride = out.ctypes.data + i * c_stride + 4 * j, c_stride
+            if split:
+                _amx_block(2, left, a_stride, a_low, right, b_stride, b_low, place, stride, steps)
             else:
-                place = edge.ctypes.data
-                _amx_block(left, a_stride, right, b_stride, place, 4 * BLOCK_COLUMNS, steps)
+                _amx_block(1, left, a_stride, 0, right, b_stride, 0, place, stride, steps)
+            if not whole:
                 for row in range(rows):
                     for column in range(columns):
                         out[i + row, j + column] = edge[row, column]

@@ -182,6 +182,16 @@ def float_bits(typing_context, number):
 
 
 @intrinsic
+def bits_float(typing_context, bits):
+    """The float32 of a bit pattern, uint32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], _FLOAT)
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
 def passing_mask(typing_context, f, u, v, a, b):
     """Which of 16 products f pass f - a u >= b + v: bit i for the one at index i, uint32.
 

@@ -29,9 +29,9 @@ from index_builder.scoring.micro_kernel import (
     has_float32_kernel,
     multiply_panels,
 )
-from index_builder.scoring.panels import LANES, depth_of, pack_panels, panels_size, round_rows
-from index_builder.scoring.scores import error_bound
-from index_builder.scoring.vector_rows import VectorRows
+from index_builder.scoring.panels import LANES, depth_of, pack_panels, panels_size
+from index_builder.scoring.scores import error_bound, split_error_bound
+from index_builder.scoring.vector_rows import RowArrays, VectorRows
 
 _CACHE_LINE = 64
 _BFLOAT16_ROUNDOFF = 2.0**-8
@@ -111,26 +111,44 @@ class VectorProduct(NativeProduct):
 
 @dataclasses.dataclass(frozen=True)
 class AmxProduct(NativeProduct):
-    """Products by AMX tiles of bfloat16."""
+    """Products by AMX tiles of bfloat16, of rounded numbers or of both halves of each.
 
-    name: str = "AMX bfloat16"
-    unit_roundoff: float = _BFLOAT16_ROUNDOFF
+    A float16 number is the sum of two bfloat16 ones, q = q' + q". Three of the four products of halves
+    are summed; the fourth, of the two lower ones, is at most u^2 |q| |x|, which is less than what
+    float32 sums are off by (G. Henry, P. Tang and A. Heinecke, "Leveraging the bfloat16 artificial
+    intelligence datatype for higher-precision computations", 2019).
+    """
+
+    rounds: bool
+
+    @property
+    def name(self) -> str:
+        """What a log calls it."""
+        return f"AMX {'bfloat16' if self.rounds else 'float32 of three bfloat16'}"
+
+    @property
+    def unit_roundoff(self) -> float:
+        """See Product."""
+        return _BFLOAT16_ROUNDOFF if self.rounds else 0.0
 
     def open(self, most_queries: int, most_corpus: int, dim: int) -> "AmxProposer":
         """Returns a proposer for tiles of at most so many rows."""
-        return AmxProposer(most_queries, most_corpus, dim)
+        return AmxProposer(self, most_queries, most_corpus, dim)
 
 
 @functools.cache
 def float32_products() -> tuple[NativeProduct, ...]:
-    """Returns the native float32 products that this CPU has."""
-    return (VectorProduct(rounds=False),) if has_float32_kernel() else ()
+    """Returns the native products of float32 numbers that this CPU has."""
+    found: list[NativeProduct] = [AmxProduct(rounds=False)] if amx_allowed() else []
+    if has_float32_kernel():
+        found.append(VectorProduct(rounds=False))
+    return tuple(found)
 
 
 @functools.cache
 def bfloat16_products() -> tuple[NativeProduct, ...]:
     """Returns the bfloat16 products that this CPU has, the best first."""
-    found: list[NativeProduct] = [AmxProduct()] if amx_allowed() else []
+    found: list[NativeProduct] = [AmxProduct(rounds=True)] if amx_allowed() else []
     if has_bfloat16_kernel():
         found.append(VectorProduct(rounds=True))
     return tuple(found)
@@ -156,10 +174,10 @@ class PanelProposer(_RoundingProposer):
         super().__init__(product.unit_roundoff, most_queries, dim)
         kind, self._dims_a_word = (np.uint32, 2) if product.rounds else (np.float32, 1)
         self._depth = depth_of(dim, self._dims_a_word, UNROLL)
-        self._queries = aligned((panels_size(most_queries, TILE_ROWS, self._depth),), kind)
+        self._queries = aligned((1, panels_size(most_queries, TILE_ROWS, self._depth)), kind)
         # A tile of C is two panels wide, the last one too.
         corpus_rows = -(-most_corpus // TILE_COLUMNS) * TILE_COLUMNS
-        self._corpus = aligned((panels_size(corpus_rows, LANES, self._depth),), kind)
+        self._corpus = aligned((1, panels_size(corpus_rows, LANES, self._depth)), kind)
         self._edge = aligned((TILE_ROWS, TILE_COLUMNS), np.float32)
 
     def take_queries(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
@@ -173,26 +191,30 @@ class PanelProposer(_RoundingProposer):
 
     def multiply(self, out: NDArray[np.float32]) -> None:
         """See Proposer."""
-        multiply_panels(self._queries, self._corpus, self._depth, self._edge, out)
+        multiply_panels(self._queries[0], self._corpus[0], self._depth, self._edge, out)
 
 
 class AmxProposer(_RoundingProposer):
-    """A Proposer that rounds float16 rows straight to tiles of bfloat16."""
+    """A Proposer that rounds float16 rows straight to tiles of bfloat16, or splits them into two."""
 
-    def __init__(self, most_queries: int, most_corpus: int, dim: int) -> None:
-        super().__init__(_BFLOAT16_ROUNDOFF, most_queries, dim)
+    def __init__(self, product: AmxProduct, most_queries: int, most_corpus: int, dim: int) -> None:
+        super().__init__(product.unit_roundoff, most_queries, dim)
+        parts = 1
+        if not product.rounds:
+            parts = 2
+            self._errors[:] = split_error_bound(dim, _BFLOAT16_ROUNDOFF)
         self._depth = depth_of(dim, 2, STEP // 2)
-        query_rows = -(-most_queries // BLOCK_ROWS) * BLOCK_ROWS
-        self._queries = aligned((query_rows, 2 * self._depth), np.uint16)
+        self._block = aligned((parts, BLOCK_ROWS, 2 * self._depth), np.uint16)
         corpus_rows = -(-most_corpus // BLOCK_COLUMNS) * BLOCK_COLUMNS
-        self._corpus = aligned((panels_size(corpus_rows, BLOCK, self._depth),), np.uint32)
+        self._corpus = aligned((parts, panels_size(corpus_rows, BLOCK, self._depth)), np.uint32)
         self._edge = aligned((BLOCK_ROWS, BLOCK_COLUMNS), np.float32)
         self._configuration = tile_configuration()
+        self._queries: tuple[RowArrays, NDArray[np.int64]]
 
     def take_queries(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
         self._taken = len(rows)
-        round_rows(vectors.arrays, rows, self._queries)
+        self._queries = vectors.arrays, rows
 
     def take_corpus(self, vectors: VectorRows, rows: NDArray[np.int64]) -> None:
         """See Proposer."""
@@ -200,7 +222,8 @@ class AmxProposer(_RoundingProposer):
 
     def multiply(self, out: NDArray[np.float32]) -> None:
         """See Proposer."""
-        multiply_tiles(self._queries, self._corpus, out, self._edge, self._configuration)
+        vectors, rows = self._queries
+        multiply_tiles(vectors, rows, self._block, self._corpus, out, self._edge, self._configuration)
 
 
 def aligned(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:

@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from index_builder.scoring.intrinsics import (
+    bits_float,
     cpu_features,
     float_bits,
     half_to_float,
@@ -26,6 +27,9 @@ from index_builder.scoring.widening import prefetch_row
 LANES = 16 if cpu_features().get("avx512f", False) else 8
 
 _CACHE_LINE = 64
+
+# What of a float16 number becomes bfloat16: the nearest, or what that leaves.
+_NEAREST, _LOW = 0, 1
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _WORDS = ir.VectorType(_I32, LANES)
@@ -55,6 +59,19 @@ def _round_to_bfloat16(builder, floats):
     return builder.trunc(builder.lshr(rounded, every(16)), ir.VectorType(_I16, count))
 
 
+def _remainder(builder, floats, rounded):
+    """The bit patterns of what rounding left of float16 numbers: a bfloat16 number again.
+
+    Their 11 bits are 8 and at most 3, one of them the sign.
+    """
+    count = floats.type.count
+    words = ir.VectorType(_I32, count)
+    sixteen = ir.Constant(words, [16] * count)
+    wide = builder.bitcast(builder.shl(builder.zext(rounded, words), sixteen), floats.type)
+    rest = builder.bitcast(builder.fsub(floats, wide), words)
+    return builder.trunc(builder.lshr(rest, sixteen), ir.VectorType(_I16, count))
+
+
 def _transpose(builder, rows):
     """Transposes LANES vectors of LANES words: at each step blocks trade their off-diagonal halves."""
     size = LANES // 2
@@ -77,20 +94,21 @@ def _transpose(builder, rows):
         size //= 2
 
 
-@intrinsic
-def _interleave(typing_context, kind, addresses, offset, out, stride):
+@intrinsic(prefer_literal=True)
+def _interleave(typing_context, kind, part, addresses, offset, out, stride):
     """Writes LANES words of LANES rows, transposed.
 
     `addresses` is that of LANES addresses of rows, `offset` (bytes) says where in them; word w of row i
     goes to out + w stride + 4 i. A stride below 4 LANES lets each word overwrite the end of the one
     before: rows beyond the stride are dropped. By the type of `kind` words are float32 numbers or pairs
-    of bfloat16 (uint32), both made of float16 rows, or words of the rows as they are (int32).
+    of bfloat16 (uint32), both made of float16 rows, or words of the rows as they are (int32). The
+    literal `part` says what of a number becomes bfloat16: see `_LOW`.
     """
     pairs, as_they_are = kind == types.uint32, kind == types.int32
     halves = ir.VectorType(_I16, LANES * (2 if pairs else 1))
 
     def generate(context, builder, signature, arguments):
-        _, addresses, offset, out, stride = arguments
+        _, _, addresses, offset, out, stride = arguments
 
         def at(base, shift):
             return builder.inttoptr(builder.add(base, shift), ir.PointerType())
@@ -103,7 +121,11 @@ def _interleave(typing_context, kind, addresses, offset, out, stride):
                 rows.append(builder.load(at(start, offset), typ=_WORDS, align=4))
                 continue
             floats = halves_to_floats(builder, builder.load(at(start, offset), typ=halves, align=2))
-            words = _round_to_bfloat16(builder, floats) if pairs else floats
+            words = floats
+            if pairs:
+                words = _round_to_bfloat16(builder, floats)
+                if part.literal_value == _LOW:
+                    words = _remainder(builder, floats, words)
             rows.append(builder.bitcast(words, _WORDS))
         _transpose(builder, rows)
         for word in range(LANES):
@@ -111,7 +133,7 @@ def _interleave(typing_context, kind, addresses, offset, out, stride):
             builder.store(rows[word], at(out, shift), align=4)
         return context.get_dummy_value()
 
-    signature = types.void(kind, types.intp, types.intp, types.intp, types.intp)
+    signature = types.void(kind, part, types.intp, types.intp, types.intp, types.intp)
     return signature, generate
 
 
@@ -126,8 +148,9 @@ def pack_panels(
 ) -> None:
     """Packs some rows of `vectors` into panels of at most LANES rows.
 
-    `out` is float32, or uint32 for pairs of bfloat16: `panels_size` words of 1 or 2 dimensions. Words
-    beyond d are zero; the last row stands for those that a last panel lacks.
+    `out` [parts, words] is float32, or uint32 for pairs of bfloat16: `panels_size` words of 1 or 2
+    dimensions. Of two parts the second takes what rounding to bfloat16 left. Words beyond d are zero;
+    the last row stands for those that a last panel lacks.
     """
     bits, starts, dim = vectors
     count = rows.shape[0]
@@ -139,7 +162,8 @@ def pack_panels(
     ends = np.empty(LANES, dtype=np.int64)
     for i in range(LANES):
         ends[i] = tails.ctypes.data + 2 * wide * i
-    kind = out[0]
+    kind = out[0, 0]
+    split, low = out.shape[0] == 2, 4 * out.shape[1]
     for first in range(0, count, panel_rows):
         place = out.ctypes.data + first * 4 * depth
         for i in range(LANES):
@@ -150,14 +174,18 @@ def pack_panels(
             if 2 * start % _CACHE_LINE == 0:
                 for i in range(panel_rows):
                     prefetch_l2(ahead[i] + 2 * start)
-            _interleave(kind, here.ctypes.data, 2 * start, place, stride)
+            _interleave(kind, _NEAREST, here.ctypes.data, 2 * start, place, stride)
+            if split:
+                _interleave(kind, _LOW, here.ctypes.data, 2 * start, place + low, stride)
             place += stride * LANES
         if dim > whole:
             for i in range(LANES):
                 row = rows[min(first + min(i, panel_rows - 1), count - 1)]
                 for j in range(dim - whole):
                     tails[i, j] = bits[starts[row] + whole + j]
-            _interleave(kind, ends.ctypes.data, 0, place, stride)
+            _interleave(kind, _NEAREST, ends.ctypes.data, 0, place, stride)
+            if split:
+                _interleave(kind, _LOW, ends.ctypes.data, 0, place + low, stride)
 
 
 @njit(cache=True, nogil=True)
@@ -176,14 +204,13 @@ def interleave_words(
             rows[i] = base + min(first + min(i, panel_rows - 1), count - 1) * row_bytes
         place = out.ctypes.data + first * 4 * depth
         for start in range(0, depth, LANES):
-            _interleave(out[0], rows.ctypes.data, 4 * start, place, stride)
+            _interleave(out[0], _NEAREST, rows.ctypes.data, 4 * start, place, stride)
             place += stride * LANES
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _rounded(bits: int) -> np.uint16:
-    """The nearest bfloat16 of a float16's bit pattern, ties to even; finite numbers only."""
-    word = float_bits(half_to_float(bits))
+def _rounded(word: np.uint32) -> np.uint16:
+    """The nearest bfloat16 of a finite float32's bit pattern, ties to even."""
     return np.uint16(
         (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     )
@@ -191,13 +218,22 @@ def _rounded(bits: int) -> np.uint16:
 
 @njit(cache=True, nogil=True)
 def round_rows(vectors: RowArrays, rows: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
-    """Rounds some rows of `vectors` to bfloat16, not interleaved.
+    """Rounds some rows of `vectors` to bfloat16, not interleaved, to out [parts, n, d or more].
 
-    Dimensions beyond d of `out` stay as they are.
+    Of two parts the second takes what rounding left. Dimensions beyond d stay as they are.
     """
     bits, starts, dim = vectors
+    split = out.shape[0] == 2
     for i in range(rows.shape[0]):
         prefetch_row(vectors, rows, i)
         start = np.uint64(starts[rows[i]])
-        for j in range(np.uint64(dim)):
-            out[i, j] = _rounded(bits[start + j])
+        if split:
+            for j in range(np.uint64(dim)):
+                number = half_to_float(bits[start + j])
+                nearest = _rounded(float_bits(number))
+                out[0, i, j] = nearest
+                rest = number - bits_float(np.uint32(nearest) << np.uint32(16))
+                out[1, i, j] = np.uint16(float_bits(rest) >> np.uint32(16))
+        else:
+            for j in range(np.uint64(dim)):
+                out[0, i, j] = _rounded(float_bits(half_to_float(bits[start + j])))

@@ -39,9 +39,22 @@ def error_bound(dim: int, unit_roundoff: float = 0.0) -> float:
     gamma_d = d v / (1 - d v), v = 2^-24, of what is summed, in any order (Higham, Accuracy and
     Stability of Numerical Algorithms, 2nd ed., section 3.1).
     """
-    gamma = dim * _UNIT_ROUNDOFF / (1 - dim * _UNIT_ROUNDOFF)
     rounding = 2 * unit_roundoff + unit_roundoff**2
-    return rounding + (1 + rounding) * gamma
+    return rounding + (1 + rounding) * _gamma(dim)
+
+
+def split_error_bound(dim: int, unit_roundoff: float) -> float:
+    """Returns how far a fast dot product of numbers in two parts can be off, relative to |q| |x|.
+
+    A number is q' + q", where q' is rounded by `unit_roundoff` u at most: q' x' + q' x" + q" x' are
+    3 d products, as large as (1 + u)^2 + 2 u (1 + u) of |q| |x|; q" x", at most u^2, is left out.
+    """
+    u = unit_roundoff
+    return u**2 + ((1 + u) ** 2 + 2 * u * (1 + u)) * _gamma(3 * dim)
+
+
+def _gamma(count: int) -> float:
+    return count * _UNIT_ROUNDOFF / (1 - count * _UNIT_ROUNDOFF)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -27,6 +27,10 @@ _STAGED = 3
 _FETCHED_BYTES = 512
 # Halvings of the range of scores in search of a first threshold.
 _BISECTIONS = 20
+# Columns that are sorted by ranking each among all; a multiple of WIDE.
+MOST_RANKED = 128
+# Below any length of a vector that is not zero.
+_TINY = np.float32(2.0**-30)
 
 
 class Heaps(NamedTuple):
@@ -157,20 +161,63 @@ def _provisional(
 def _sift_down(
     keys: NDArray[np.float32], found: NDArray[np.int32], base: int, start: int, count: int
 ) -> None:
-    """Restores a binary heap of keys, the largest first, below one entry; columns start at `base`."""
+    """Restores a binary heap of keys, the smallest first, below one entry; columns start at `base`."""
     key, column = keys[start], found[base + start]
     parent = start
     while True:
         child = 2 * parent + 1
         if child >= count:
             break
-        if child + 1 < count and keys[child + 1] > keys[child]:
+        if child + 1 < count and keys[child + 1] < keys[child]:
             child += 1
-        if keys[child] <= key:
+        if keys[child] >= key:
             break
         keys[parent], found[base + parent] = keys[child], found[base + child]
         parent = child
     keys[parent], found[base + parent] = key, column
+
+
+@njit(cache=True, nogil=True)
+def _sort(
+    keys: NDArray[np.float32],
+    found: NDArray[np.int32],
+    base: int,
+    count: int,
+    ranks: NDArray[np.int32],
+    ranked_keys: NDArray[np.float32],
+    ranked: NDArray[np.int32],
+) -> None:
+    """Sorts keys, none of them NaN, the largest first, and the columns from `base` on with them.
+
+    A few are ranked by comparing each with all, many at a time: no branch depends on a key. `ranks`,
+    `ranked_keys` and `ranked` are scratch of MOST_RANKED numbers.
+    """
+    if count < 2:
+        return
+    if count > MOST_RANKED:
+        for start in range(count // 2 - 1, -1, -1):
+            _sift_down(keys, found, base, start, count)
+        for last in range(count - 1, 0, -1):
+            keys[0], keys[last] = keys[last], keys[0]
+            found[base], found[base + last] = found[base + last], found[base]
+            _sift_down(keys, found, base, 0, last)
+        return
+    # Whole vectors: what lies beyond the last key is ranked, too, and left there.
+    padded = np.uint64(-(-count // WIDE) * WIDE)
+    for i in range(padded):
+        ranks[i] = 0
+    for j in range(np.uint64(count)):
+        key = keys[j]
+        for i in range(padded):
+            ranks[i] += np.int32(key > keys[i])
+        ranked[j] = -1
+    for j in range(count):
+        rank = ranks[j]
+        while ranked[rank] >= 0:
+            rank += 1
+        ranked[rank], ranked_keys[rank] = found[base + j], keys[j]
+    for j in range(count):
+        found[base + j], keys[j] = ranked[j], ranked_keys[j]
 
 
 @njit(cache=True, nogil=True)
@@ -221,14 +268,16 @@ def offer_tile(
     heaps: Heaps,
     found: NDArray[np.int32],
     keys: NDArray[np.float32],
-) -> int:
-    """Scores exactly what may enter the heaps, and enters it; returns how many pairs were scored.
+) -> tuple[int, int]:
+    """Scores exactly what may enter the heaps, and enters it.
+
+    Returns how many pairs were scored, and how many of them entered.
 
     Row i of the products `fast` [m, n] is row `query_rows[i]` of the queries and slot `slots[i]` of the
     heaps; column j is run `first_run + j` of the candidates, whose rows are numbered from `first_row`
     in the whole index, of length `lengths[j]` and with `offsets[j]` (|x|^2 / 2 for euclidean, else 0).
     `errors[i]` bounds how far the products of row i are off, relative to the lengths of their vectors.
-    `found` and `keys` are scratch of at least (GROUP + 1) n and n numbers.
+    `found` and `keys` are scratch of at least (GROUP + 1) n and n numbers, n padded to WIDE.
 
     The kept entries are the best set under the caps, whatever the order of the offers: groups are
     nested, an item's images in those of its brand, so the sets that are allowed are the independent
@@ -259,7 +308,7 @@ def offer_tile(
     columns = fast.shape[1]
     least, most, offset = lengths.min(), lengths.max(), offsets.max()
     cosine = metric == _COSINE
-    rescored = 0
+    rescored, kept_pairs = 0, 0
     scores_address, rows_address = scores.ctypes.data, rows.ctypes.data
     places_address, lengths_address = places.ctypes.data, id_lengths.ctypes.data
     caps_address = kept_caps.ctypes.data
@@ -273,6 +322,8 @@ def offer_tile(
         prefetch(bounds_address + 8 * slots[i])
         prefetch(q_lengths_address + 4 * query_rows[i])
     ends = np.empty(GROUP, dtype=np.int64)
+    ranks, ranked = np.empty(MOST_RANKED, dtype=np.int32), np.empty(MOST_RANKED, dtype=np.int32)
+    ranked_keys = np.empty(MOST_RANKED, dtype=np.float32)
     for group in range(0, fast.shape[0], GROUP):
         group_end = min(group + GROUP, fast.shape[0])
         end = 0
@@ -347,15 +398,13 @@ def offer_tile(
                     left = others
                 for c in range(left):
                     j = found[base + c]
-                    keys[c] = fast[i, j] / lengths[j] if cosine else fast[i, j] - offsets[j]
+                    keys[c] = fast[i, j] / max(lengths[j], _TINY) if cosine else fast[i, j] - offsets[j]
                 # The best first, so that the threshold rises before the rest is looked at.
-                for start in range(left // 2 - 1, -1, -1):
-                    _sift_down(keys, found, base, start, left)
-                while left > 0 and not keys[0] < floor:
-                    j = found[base]
-                    left -= 1
-                    keys[0], found[base] = keys[left], found[base + left]
-                    _sift_down(keys, found, base, 0, left)
+                _sort(keys, found, base, left, ranks, ranked_keys, ranked)
+                for c in range(left):
+                    if keys[c] < floor:
+                        break
+                    j = found[base + c]
                     if full and fast[i, j] - a * lengths[j] < b + offsets[j]:
                         continue
                     scored, entered = False, False
@@ -454,6 +503,7 @@ def offer_tile(
                         for cap in range(caps.shape[0]):
                             kept_caps[cap, slot, place] = x_caps[cap, x]
                         entered = True
+                    kept_pairs += entered
                     if entered and full:
                         a, b0 = threshold(scoring, np.float64(scores[slot, k - 1]), q_norm)
                         bounds[slot, 0], bounds[slot, 1] = a, b0
@@ -461,4 +511,4 @@ def offer_tile(
                         off = slack(a, b0, q_length, most, offset)
                         b = np.float32(b0 - off)
                         floor = least_key(cosine, a, b0, off, least, most, offset)
-    return rescored
+    return rescored, kept_pairs

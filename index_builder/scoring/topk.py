@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from index_builder.rules.rules import CandidateCodes, QueryCodes
 from index_builder.scoring.blocks import Block, IdColumn, PreparedCandidates, PreparedQueries
+from index_builder.scoring.intrinsics import WIDE
 from index_builder.scoring.metrics import Metric
-from index_builder.scoring.products import Product, product_for
+from index_builder.scoring.products import Product, product_for, timed_products
 from index_builder.scoring.proposers import best_query_rows, open_proposer
 from index_builder.scoring.scores import Scoring
 from index_builder.scoring.tiles import GROUP, Heaps, offer_tile
@@ -21,6 +22,10 @@ from index_builder.scoring.tiles import GROUP, Heaps, offer_tile
 # At most; a product may want fewer queries.
 QUERY_TILE_ROWS = 1024
 CORPUS_TILE_ROWS = 1024
+# Scoring a pair exactly takes about as long as 20 of its products: a product that rounds gives way to
+# one in float32 when more than this share of the pairs, and of so many at least, are scored in vain.
+_WORTH_SCORING = 0.04
+_LEAST_JUDGED = 1 << 18
 
 
 class TopK:
@@ -91,18 +96,22 @@ class TopK:
 class Scorer:
     """One thread's way to score: its product, and scratch memory that is used for every tile.
 
-    Memory: a tile of queries and one of the corpus as the product takes them, and one of products.
+    A product whose error lets too many pairs through, as among vectors that are nearly alike, gives way
+    to the fastest one in float32. Memory: a tile of queries and one of the corpus as the product takes
+    them, and one of products.
     """
 
     def __init__(self, dim: int, product: Product) -> None:
+        self._dim = dim
         self._query_rows = min(QUERY_TILE_ROWS, best_query_rows(product))
-        self._proposer = open_proposer(product, self._query_rows, CORPUS_TILE_ROWS, dim)
+        self._take(product)
         self._fast = np.empty(self._query_rows * CORPUS_TILE_ROWS, dtype=np.float32)
         self._found = np.empty((GROUP + 1) * CORPUS_TILE_ROWS, dtype=np.int32)
-        self._keys = np.empty(CORPUS_TILE_ROWS, dtype=np.float32)
+        self._keys = np.empty(-(-CORPUS_TILE_ROWS // WIDE) * WIDE, dtype=np.float32)
         self._no_offsets = np.zeros(CORPUS_TILE_ROWS, dtype=np.float32)
         self.proposed = 0
         self.rescored = 0
+        self._entered = 0
 
     def offer(
         self,
@@ -121,15 +130,22 @@ class Scorer:
         query_tiles = _even_tiles(len(rows), self._query_rows)
         arrays = candidates.arrays
         offsets = arrays.halves if top.metric is Metric.EUCLIDEAN else None
+        queries_taken = False
         for first, last in _even_tiles(candidates.distinct, CORPUS_TILE_ROWS):
-            self._proposer.take_corpus(candidates.vectors, arrays.runs[first:last])
+            corpus_taken = False
             for start, stop in query_tiles:
-                if first == 0 or len(query_tiles) > 1:
+                if self._lets_too_many_through():
+                    self._take(timed_products()[0].product)
+                    queries_taken = corpus_taken = False
+                if not corpus_taken:
+                    self._proposer.take_corpus(candidates.vectors, arrays.runs[first:last])
+                if not queries_taken or len(query_tiles) > 1:
                     self._proposer.take_queries(queries.vectors, rows[start:stop])
+                queries_taken = corpus_taken = True
                 fast = self._fast[: (stop - start) * (last - first)].reshape(stop - start, last - first)
                 self._proposer.multiply(fast)
                 self.proposed += fast.size
-                self.rescored += offer_tile(
+                rescored, entered = offer_tile(
                     fast,
                     self._proposer.errors,
                     scoring,
@@ -146,6 +162,17 @@ class Scorer:
                     self._found,
                     self._keys,
                 )
+                self.rescored += rescored
+                self._entered += entered
+
+    def _take(self, product: Product) -> None:
+        self._product = product
+        self._proposer = open_proposer(product, self._query_rows, CORPUS_TILE_ROWS, self._dim)
+
+    def _lets_too_many_through(self) -> bool:
+        if self._product.unit_roundoff == 0 or self.proposed < _LEAST_JUDGED:
+            return False
+        return self.rescored - self._entered > _WORTH_SCORING * self.proposed
 
 
 def _even_tiles(count: int, most: int) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from index_builder.scoring.products import NumpyProduct, fastest_product, timed_
 from index_builder.scoring.scores import (
     Scoring,
     error_bound,
+    split_error_bound,
     exact_score,
     least_key,
     slack,
@@ -110,6 +111,26 @@ def test_error_bound_holds_for_inputs_rounded_to_bfloat16() -> None:
     norms = np.sqrt(squared_norms(vectors))
     worst = (np.abs(fast - dots) / np.outer(norms, norms)).max()
     assert 100 * error_bound(256) < worst <= error_bound(256, 2.0**-8)
+
+
+@pytest.mark.parametrize("dim", [1, 256, 1280])
+def test_error_bound_holds_for_numbers_in_two_parts(dim: int) -> None:
+    rng = np.random.default_rng(3)
+    # What rounding leaves is largest here: the product that is left out counts most.
+    vectors = ((1 + rng.uniform(2.0**-9, 2.0**-8, size=(60, dim))) / 64).astype(np.float16)
+    wide = vectors.astype(np.float32)
+    high = bfloat16(wide)
+    low = wide - high
+    # A float16 number is the sum of two bfloat16 ones.
+    assert (bfloat16(low) == low).all()
+    q, p, x, y = high[:30], low[:30], high[30:], low[30:]
+    terms = np.concatenate([q * x, q * y, p * x], axis=1)
+    fast = np.cumsum(terms, axis=1, dtype=np.float32)[:, -1]
+    dots = (wide[:30].astype(np.float64) * wide[30:].astype(np.float64)).sum(axis=1)
+    lengths = np.sqrt(squared_norms(vectors[:30]) * squared_norms(vectors[30:]))
+    worst = (np.abs(fast - dots) / lengths).max()
+    assert 2.0**-19 < worst <= split_error_bound(dim, 2.0**-8)
+    assert split_error_bound(dim, 2.0**-8) < error_bound(dim, 2.0**-8) / 20
 
 
 def test_products_of_this_machine_keep_the_bound() -> None:

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from index_builder.index.assignment import nearest_lists
 from index_builder.scoring import topk
 from index_builder.scoring.blocks import IdColumn, PreparedCandidates
+from index_builder.scoring.intrinsics import WIDE
 from index_builder.scoring.metrics import Metric
-from index_builder.scoring.products import NumpyProduct
+from index_builder.scoring.products import NumpyProduct, TimedProduct
+from index_builder.scoring.tiles import MOST_RANKED, _sort
 from index_builder.scoring.topk import TopK
 from index_builder.scoring.vectors import unit_float16
 from tests.topk_oracle import (
     METRICS,
+    RoundedProduct,
     RuledCase,
     all_scores,
     best,
@@ -108,6 +111,56 @@ def test_few_pairs_are_scored_exactly() -> None:
                   IdColumn.numbers(600), start)  # fmt: skip
     # 10 of the first piece; of piece p about 10 / p more belong to the ten best so far.
     assert 1000 <= top.rescored < 100 * 10 * (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) * 1.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_sorts_keys_with_their_columns(data: st.DataObject) -> None:
+    count = data.draw(st.sampled_from([0, 1, 2, 15, 16, 17, MOST_RANKED, MOST_RANKED + 1, 300]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    # Few different keys: ties, and both infinities among them.
+    values = np.append(rng.normal(size=data.draw(st.integers(1, 40))), [np.inf, -np.inf])
+    keys = np.full(-(-count // WIDE) * WIDE, np.nan, dtype=np.float32)
+    keys[:count] = rng.choice(values, count)
+    found = np.full(7 + count, -5, dtype=np.int32)
+    found[7:] = rng.permutation(count)
+    pairs = sorted(zip(keys[:count].tolist(), found[7:].tolist(), strict=True))
+    scratch = [np.full(MOST_RANKED, 9, dtype=kind) for kind in (np.int32, np.float32, np.int32)]
+    _sort(keys, found, 7, count, *scratch)
+    assert keys[:count].tolist() == sorted(keys[:count].tolist(), reverse=True)
+    assert sorted(zip(keys[:count].tolist(), found[7:].tolist(), strict=True)) == pairs
+    assert (found[:7] == -5).all()
+
+
+@pytest.mark.parametrize(("spread", "gives_way"), [(0.01, True), (1.0, False)])
+def test_a_product_that_lets_too_many_through_gives_way(
+    spread: float, gives_way: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(7)
+    # In a narrow cone an error of 2^-7 hides every difference.
+    vectors, _ = unit_float16(np.ones(64) + spread * rng.normal(size=(3000, 64)))
+    names = [f"{row:04d}" for row in range(3000)]
+    ids = IdColumn.from_arrow(pa.array(names))
+    taken = []
+
+    def timed() -> list[TimedProduct]:
+        taken.append(NumpyProduct())
+        return [TimedProduct(taken[-1], 1e9)]
+
+    monkeypatch.setattr(topk, "timed_products", timed)
+    found = {}
+    for worth in (topk._WORTH_SCORING, 2.0):
+        monkeypatch.setattr(topk, "_WORTH_SCORING", worth)
+        top = TopK(600, 5, ids.max_bytes)
+        queries, corpus = query_block(vectors[:600]), corpus_block(vectors)
+        top.offer(np.arange(600), queries, corpus, ids, 0, RoundedProduct())
+        found[worth] = top
+    first, second = found.values()
+    assert len(taken) == gives_way
+    assert (first.rescored < second.rescored / 2) == gives_way
+    assert kept(first, names) == kept(second, names)
+    scores = all_scores(vectors[:20], vectors, Metric.COSINE)
+    assert kept(first, names)[:20] == best(scores, names, 5)
 
 
 def test_equal_vectors_are_scored_once_and_kept_in_the_order_of_their_ids() -> None:
