@@ -17,10 +17,10 @@ from index_builder.scoring.products import NumpyProduct, fastest_product, timed_
 from index_builder.scoring.scores import (
     Scoring,
     error_bound,
-    split_error_bound,
     exact_score,
     least_key,
     slack,
+    split_error_bound,
     threshold,
 )
 from index_builder.scoring.vectors import squared_norms, unit_float16
