@@ -9,6 +9,7 @@ import apache_beam as beam
 from index_builder.datasets import embeddings, manifests, storage
 from index_builder.datasets.fingerprints import fingerprint
 from index_builder.datasets.manifests import Manifest, Part
+from index_builder.datasets.sampling import evaluation_rows
 from index_builder.errors import ConfigError, FingerprintError, GateError
 from index_builder.index.shards import open_index
 from index_builder.recall.recall import least_sample
@@ -180,9 +181,9 @@ def check_recall(evaluation: dict[str, Any], minimum: float) -> None:
 def _advice(recall: dict[str, Any], minimum: float) -> str:
     """Returns what helps a certificate that is below its target."""
     if recall["estimate"] >= minimum and recall["queries"] < recall["rows"]:
-        enough = "measure every row: evaluate.sample of half of them does"
-        if minimum < 1:
-            least = least_sample(minimum, 1 - recall["confidence"])
+        enough = f"measure every row, evaluate.sample: {recall['rows']}"
+        least = least_sample(minimum, 1 - recall["confidence"]) if minimum < 1 else recall["rows"]
+        if least <= evaluation_rows(recall["rows"]) // 2:
             enough = f"enlarge evaluate.sample ({least} without a miss would prove it)"
         other = "" if recall["nprobe"] == recall["nlist"] else " Or raise index.nprobe."
         return f"The estimate is above it, so more queries may prove it: {enough}.{other}"

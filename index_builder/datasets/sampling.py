@@ -21,8 +21,8 @@ from index_builder.datasets.manifests import Part
 # About so many rows are set apart for evaluation, at most half of the rows. They serve calibration,
 # the certificate and its retries, each of which draws a thousand or two.
 EVALUATION_ROWS = 10_000
-# Below this training needs every row, and the evaluation rows are not set apart.
-LEAST_SPLIT_ROWS = 5_000
+# Below this there are too few for both: training takes every row, and every row may be evaluated.
+LEAST_SPLIT_ROWS = 1_000
 
 
 def sample_rows(rows: int, sample: int, seed: int) -> NDArray[np.int64]:
@@ -36,6 +36,11 @@ def sample_rows(rows: int, sample: int, seed: int) -> NDArray[np.int64]:
 def evaluation_overlaps_training(rows: int) -> bool:
     """Tells whether an index of so many rows is too small to set evaluation rows apart."""
     return rows < LEAST_SPLIT_ROWS
+
+
+def evaluation_rows(rows: int) -> int:
+    """Returns about how many of the rows of an index recall may be measured on."""
+    return rows if evaluation_overlaps_training(rows) else min(EVALUATION_ROWS, rows // 2)
 
 
 def evaluation_mask(image_ids: pa.Array | pa.ChunkedArray, rows: int, seed: int) -> NDArray[np.bool_]:

@@ -52,7 +52,7 @@ class CalibrationSpec:
 
     def most_queries(self, rows: int) -> int:
         """Returns about how many queries of so many rows nprobe is chosen on."""
-        return rows if self.sample(rows, 0).is_census else min(rows, self.promise.sample)
+        return self.sample(rows, 0).drawn
 
     def searchable(self, corpus: Corpus) -> JoinRules:
         """Returns the rules as far as a search of the embeddings can apply them."""

@@ -13,15 +13,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from index_builder.datasets.sampling import (
-    EVALUATION_ROWS,
     evaluation_mask,
     evaluation_overlaps_training,
+    evaluation_rows,
 )
 from index_builder.errors import DatasetError
 from index_builder.rules.rules import IMAGE
 
 CALIBRATION = 0
-# A catalogue of at most so many samples is measured whole: then there is no sampling error.
+# An index that trains on all of its rows is measured whole if it has so many samples at most: then
+# there is no sampling error.
 _CENSUS_SAMPLES = 2
 # Roles get ranges of the evaluation rows that are expected to hold a few more than a sample.
 _SPARE = 1.2
@@ -29,7 +30,10 @@ _SPARE = 1.2
 
 @dataclasses.dataclass(frozen=True)
 class QuerySample:
-    """A random sample of about `size` of the `rows` of an index, drawn with `seed`.
+    """A random sample of `size` of the `rows` of an index, drawn with `seed`.
+
+    Of a small index it is half of the evaluation rows, where these are fewer than two samples; a
+    sample of all rows is the whole index, with the rows that were trained on.
 
     `split_seed` is the seed of the index, by which evaluation rows are set apart. Of `roles` samples
     that one configuration may draw this is number `role`: 0 calibrates, i certifies attempt i. They
@@ -46,15 +50,22 @@ class QuerySample:
     @property
     def is_census(self) -> bool:
         """Whether the sample is the whole catalogue."""
-        return self.rows <= _CENSUS_SAMPLES * self.size
+        samples = _CENSUS_SAMPLES if evaluation_overlaps_training(self.rows) else 1
+        return self.rows <= samples * self.size
+
+    @property
+    def drawn(self) -> int:
+        """How many queries are drawn, of those that the rules let ask."""
+        if self.is_census:
+            return self.rows
+        # All of the evaluation rows would be the same sample for each role.
+        return min(self.size, evaluation_rows(self.rows) // 2)
 
     @property
     def is_disjoint(self) -> bool:
         """Whether the samples of the other roles have no row of this one."""
-        rows = self.rows
-        if not evaluation_overlaps_training(rows):
-            rows = min(EVALUATION_ROWS, rows // 2)
-        return not self.is_census and rows >= _SPARE * self.size * self.roles
+        wanted = _SPARE * self.size * self.roles
+        return not self.is_census and evaluation_rows(self.rows) >= wanted
 
     def candidates(
         self, image_ids: pa.Array | pa.ChunkedArray
@@ -84,7 +95,7 @@ class QuerySample:
         """Returns the places, ascending, of the candidates that are the sample."""
         if self.is_census:
             return np.arange(len(keys), dtype=np.int64)
-        return np.sort(np.argsort(keys, kind="stable")[: self.size])
+        return np.sort(np.argsort(keys, kind="stable")[: self.drawn])
 
 
 def choose_queries(tables: Iterable[pa.Table], sample: QuerySample) -> pa.Table:

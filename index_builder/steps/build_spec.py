@@ -23,7 +23,7 @@ from index_builder.search.groups import COLUMNS, SCHEMA
 # Of the near-duplicate groups that may be found beside the finished index.
 _GROUP_COLUMNS = {name: SCHEMA.field(name).type for name in COLUMNS}
 # Raised when the same embeddings and configuration give other bytes than before.
-REVISION = 4
+REVISION = 5
 
 # What a step tells of its work: a counter's name and by how much it grew.
 Tally = Callable[[str, int], None]

@@ -129,6 +129,9 @@ def test_the_advice_says_how_many_queries_could_prove_a_target() -> None:
     recall = certificate(estimate=0.995, lower_bound=0.985, queries=500)
     with pytest.raises(GateError, match=rf"enlarge evaluate\.sample \({least} without a miss"):
         check_recall({"recall": recall}, 0.99)
+    recall = certificate(estimate=0.995, lower_bound=0.985, queries=250, rows=1000)
+    with pytest.raises(GateError, match=r"measure every row, evaluate\.sample: 1000"):
+        check_recall({"recall": recall}, 0.99)
     recall = certificate(estimate=0.97, lower_bound=0.96, nprobe=16, nlist=16)
     with pytest.raises(GateError, match="Every list was searched"):
         check_recall({"recall": recall}, 0.99)
@@ -180,10 +183,22 @@ def test_samples_are_disjoint_and_not_trained_on() -> None:
 def test_small_catalogues_are_sampled_anew_or_whole() -> None:
     first, second = samples(6000, 1000, 2)
     assert len(first) == len(second) == 1000
-    first, second = samples(1500, 400, 2)
+    first, second = samples(900, 400, 2)
     assert len(first) == len(second) == 400
     assert first != second
     assert samples(800, 400, 2) == [set(scattered_ids(800))] * 2
+
+
+def test_samples_of_small_catalogues_are_half_of_the_rows_that_were_not_trained_on() -> None:
+    first, second = samples(1800, 1000, 2)
+    assert len(first) == len(second) == 450
+    assert 0.3 < len(first & second) / 450 < 0.7
+    ids = scattered_ids(1800)
+    apart = evaluation_mask(pa.array(ids), 1800, 0)
+    assert first | second <= {name for name, one in zip(ids, apart, strict=True) if one}
+    # Only who asks for all gets all.
+    assert samples(1800, 1799, 2) == [first, second]
+    assert samples(1800, 1800, 2) == [set(ids)] * 2
 
 
 CORPUS = clustered_catalogue(1500, 16, centres=80)

@@ -11,6 +11,7 @@ from index_builder.datasets.sampling import (
     EVALUATION_ROWS,
     evaluation_mask,
     evaluation_overlaps_training,
+    evaluation_rows,
     read_sample,
     sample_rows,
 )
@@ -122,22 +123,26 @@ def test_a_larger_index_sets_apart_a_part_of_the_rows_of_a_smaller_one() -> None
 
 
 def test_a_small_index_trains_on_what_it_is_measured_on() -> None:
-    assert evaluation_overlaps_training(4_999)
-    assert not evaluation_overlaps_training(5_000)
-    assert evaluation_mask(ids_of(10), 4_999, seed=0).all()
+    assert evaluation_overlaps_training(999)
+    assert not evaluation_overlaps_training(1000)
+    assert evaluation_mask(ids_of(10), 999, seed=0).all()
+    assert [evaluation_rows(rows) for rows in (999, 1000, 1891, 20_000, 10**9)] == [
+        999, 500, 945, 10_000, 10_000,
+    ]  # fmt: skip
 
 
-def test_training_never_sees_an_evaluation_row(tmp_path: Path) -> None:
-    catalogue = gaussian_catalogue(6000, 4)
+@pytest.mark.parametrize("rows", [1000, 6000])
+def test_training_never_sees_an_evaluation_row(rows: int, tmp_path: Path) -> None:
+    catalogue = gaussian_catalogue(rows, 4)
     parts = write_embeddings(tmp_path / "e", catalogue, parts=3)
     unit, _ = unit_float16(catalogue.vectors)
-    apart = evaluation_mask(pa.array(catalogue.image_ids), 6000, seed=5)
-    found = read_sample(str(tmp_path / "e"), parts, 6000, seed=5)
+    apart = evaluation_mask(pa.array(catalogue.image_ids), rows, seed=5)
+    found = read_sample(str(tmp_path / "e"), parts, rows, seed=5)
     np.testing.assert_array_equal(found, unit[~apart])
-    some = read_sample(str(tmp_path / "e"), parts, 1000, seed=5)
-    chosen = sample_rows(6000, 1000, seed=5)
+    some = read_sample(str(tmp_path / "e"), parts, rows // 6, seed=5)
+    chosen = sample_rows(rows, rows // 6, seed=5)
     np.testing.assert_array_equal(some, unit[chosen[~apart[chosen]]])
-    assert 400 < len(some) < 600
+    assert 0.4 < len(some) / (rows // 6) < 0.6
 
 
 def test_a_sample_of_float32_stays_float32(tmp_path: Path) -> None:
