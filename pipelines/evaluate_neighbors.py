@@ -183,7 +183,8 @@ def _advice(recall: dict[str, Any], minimum: float) -> str:
     if recall["estimate"] >= minimum and recall["queries"] < recall["rows"]:
         enough = f"measure every row, evaluate.sample: {recall['rows']}"
         least = least_sample(minimum, 1 - recall["confidence"]) if minimum < 1 else recall["rows"]
-        if least <= evaluation_rows(recall["rows"]) // 2:
+        most = evaluation_rows(recall["rows"]) // 2
+        if least <= most and recall["queries"] < 0.9 * most:
             enough = f"enlarge evaluate.sample ({least} without a miss would prove it)"
         other = "" if recall["nprobe"] == recall["nlist"] else " Or raise index.nprobe."
         return f"The estimate is above it, so more queries may prove it: {enough}.{other}"

@@ -37,7 +37,8 @@ class QuerySample:
 
     `split_seed` is the seed of the index, by which evaluation rows are set apart. Of `roles` samples
     that one configuration may draw this is number `role`: 0 calibrates, i certifies attempt i. They
-    are disjoint where there are enough evaluation rows, and else drawn independently.
+    are disjoint where there are enough evaluation rows. Else half of these rows calibrate, and each
+    attempt draws from the other half by itself.
     """
 
     size: int
@@ -58,7 +59,6 @@ class QuerySample:
         """How many queries are drawn, of those that the rules let ask."""
         if self.is_census:
             return self.rows
-        # All of the evaluation rows would be the same sample for each role.
         return min(self.size, evaluation_rows(self.rows) // 2)
 
     @property
@@ -78,18 +78,26 @@ class QuerySample:
             rows = np.arange(len(image_ids), dtype=np.int64)
         else:
             rows = np.flatnonzero(evaluation_mask(image_ids, self.rows, self.split_seed))
-        # Without room for a range of its own, each role orders the rows in its own way.
-        shared = self.is_disjoint or self.is_census
-        key = b"".join(n.to_bytes(8, "little") for n in (self.seed, 0 if shared else 1 + self.role))
+        ids = image_ids.take(pa.array(rows)).to_pylist()
+        keys = self._keys(ids, 0)
+        if self.is_census:
+            return rows, keys
+        ranges, own = (self.roles, self.role) if self.is_disjoint else (2, min(self.role, 1))
+        kept = ((keys >> np.uint64(32)) * np.uint64(ranges)) >> np.uint64(32) == own
+        rows, keys = rows[kept], keys[kept]
+        if not self.is_disjoint:
+            # Attempts that share a range order its rows each in its own way.
+            keys = self._keys([ids[place] for place in np.flatnonzero(kept)], 1 + self.role)
+        return rows, keys
+
+    def _keys(self, image_ids: list[str], number: int) -> NDArray[np.uint64]:
+        """Returns the seeded hashes of some ids, uint64; with another number others."""
+        key = b"".join(n.to_bytes(8, "little") for n in (self.seed, number))
         hashes = (
             hashlib.blake2b(image_id.encode(), digest_size=8, key=key).digest()
-            for image_id in image_ids.take(pa.array(rows)).to_pylist()
+            for image_id in image_ids
         )
-        keys = np.frombuffer(b"".join(hashes), dtype="<u8").astype(np.uint64)
-        if self.is_disjoint:
-            kept = ((keys >> np.uint64(32)) * np.uint64(self.roles)) >> np.uint64(32) == self.role
-            rows, keys = rows[kept], keys[kept]
-        return rows, keys
+        return np.frombuffer(b"".join(hashes), dtype="<u8").astype(np.uint64)
 
     def choose(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Returns the places, ascending, of the candidates that are the sample."""

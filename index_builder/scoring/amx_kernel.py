@@ -1,4 +1,4 @@
-"""A matrix product in bfloat16 by AMX tiles, compiled by Numba.
+"""A matrix product by AMX tiles, in bfloat16 or of numbers split into two of them, compiled by Numba.
 
 The corpus comes in panels of 16 vectors (see `panels`): 16 of their words, of two dimensions each, are
 the tile that TDPBF16PS takes ("a step"). Queries are plain rows. Sums are float32. (Intel 64 and IA-32

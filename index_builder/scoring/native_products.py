@@ -1,7 +1,8 @@
-"""Fast products by the CPU's own instructions: float32 and bfloat16 by vectors, bfloat16 by AMX tiles.
+"""Fast products by the CPU's own instructions: float32 and bfloat16, by vectors and by AMX tiles.
 
-They take float16 rows as they lie, gather and pack them once a tile, and sum in float32. The join
-scores exactly whatever comes near the threshold, so its result is the same bytes with any of them.
+They take float16 rows as they lie, gather and pack them once a tile or block, and sum in float32.
+The join scores exactly whatever comes near the threshold, so its result is the same bytes with any of
+them.
 """
 
 import abc
@@ -114,9 +115,9 @@ class AmxProduct(NativeProduct):
     """Products by AMX tiles of bfloat16, of rounded numbers or of both halves of each.
 
     A float16 number is the sum of two bfloat16 ones, q = q' + q". Three of the four products of halves
-    are summed; the fourth, of the two lower ones, is at most u^2 |q| |x|, which is less than what
-    float32 sums are off by (G. Henry, P. Tang and A. Heinecke, "Leveraging the bfloat16 artificial
-    intelligence datatype for higher-precision computations", 2019).
+    are summed; the fourth, of the two lower ones, is at most u^2 |q| |x| (G. Henry, P. Tang and
+    A. Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
+    computations", 2019).
     """
 
     rounds: bool

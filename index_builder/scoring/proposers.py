@@ -44,7 +44,7 @@ def best_query_rows(product: Product) -> int:
     """Returns how many queries a tile should have.
 
     BLAS packs its operands for each call, which pays off over many rows (7 % from 512 to 1,024);
-    native products take packed rows, and fewer stay in the cache.
+    native products pack rows themselves, and fewer stay in the cache.
     """
     return 512 if isinstance(product, NativeProduct) else 1024
 

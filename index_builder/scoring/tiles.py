@@ -271,7 +271,8 @@ def offer_tile(
 ) -> tuple[int, int]:
     """Scores exactly what may enter the heaps, and enters it.
 
-    Returns how many pairs were scored, and how many of them entered.
+    Returns how many pairs were scored, and how many of them had to be: they entered, or a cap kept them
+    out.
 
     Row i of the products `fast` [m, n] is row `query_rows[i]` of the queries and slot `slots[i]` of the
     heaps; column j is run `first_run + j` of the candidates, whose rows are numbered from `first_row`
@@ -308,7 +309,7 @@ def offer_tile(
     columns = fast.shape[1]
     least, most, offset = lengths.min(), lengths.max(), offsets.max()
     cosine = metric == _COSINE
-    rescored, kept_pairs = 0, 0
+    rescored, needed = 0, 0
     scores_address, rows_address = scores.ctypes.data, rows.ctypes.data
     places_address, lengths_address = places.ctypes.data, id_lengths.ctypes.data
     caps_address = kept_caps.ctypes.data
@@ -407,7 +408,7 @@ def offer_tile(
                     j = found[base + c]
                     if full and fast[i, j] - a * lengths[j] < b + offsets[j]:
                         continue
-                    scored, entered = False, False
+                    scored, entered, capped = False, False, False
                     score = np.float32(0.0)
                     run = runs[first_run + j]
                     for x in range(run, runs[first_run + j + 1]):
@@ -466,6 +467,7 @@ def offer_tile(
                                 # Rows of a run are in the order of ids: the rest is no better.
                                 if out == k - 1:
                                     break
+                                capped = True
                                 continue
                             rank = out
                         else:
@@ -503,7 +505,7 @@ def offer_tile(
                         for cap in range(caps.shape[0]):
                             kept_caps[cap, slot, place] = x_caps[cap, x]
                         entered = True
-                    kept_pairs += entered
+                    needed += entered or capped
                     if entered and full:
                         a, b0 = threshold(scoring, np.float64(scores[slot, k - 1]), q_norm)
                         bounds[slot, 0], bounds[slot, 1] = a, b0
@@ -511,4 +513,4 @@ def offer_tile(
                         off = slack(a, b0, q_length, most, offset)
                         b = np.float32(b0 - off)
                         floor = least_key(cosine, a, b0, off, least, most, offset)
-    return rescored, kept_pairs
+    return rescored, needed

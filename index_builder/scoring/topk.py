@@ -111,7 +111,7 @@ class Scorer:
         self._no_offsets = np.zeros(CORPUS_TILE_ROWS, dtype=np.float32)
         self.proposed = 0
         self.rescored = 0
-        self._entered = 0
+        self._needed = 0
 
     def offer(
         self,
@@ -145,7 +145,7 @@ class Scorer:
                 fast = self._fast[: (stop - start) * (last - first)].reshape(stop - start, last - first)
                 self._proposer.multiply(fast)
                 self.proposed += fast.size
-                rescored, entered = offer_tile(
+                rescored, needed = offer_tile(
                     fast,
                     self._proposer.errors,
                     scoring,
@@ -163,7 +163,7 @@ class Scorer:
                     self._keys,
                 )
                 self.rescored += rescored
-                self._entered += entered
+                self._needed += needed
 
     def _take(self, product: Product) -> None:
         self._product = product
@@ -172,7 +172,7 @@ class Scorer:
     def _lets_too_many_through(self) -> bool:
         if self._product.unit_roundoff == 0 or self.proposed < _LEAST_JUDGED:
             return False
-        return self.rescored - self._entered > _WORTH_SCORING * self.proposed
+        return self.rescored - self._needed > _WORTH_SCORING * self.proposed
 
 
 def _even_tiles(count: int, most: int) -> list[tuple[int, int]]:

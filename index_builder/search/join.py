@@ -44,8 +44,8 @@ class JoinSpec:
     Rows left with fewer than k are searched again over `max_probe` lists (None: four times the
     index's nprobe; 0: never). `evidence` are keys of neighbors.EVIDENCE, `exclusions` is the folder of
     the prepared pairs where the rules exclude some, `groups` the dataset whose columns rules or
-    `columns` name. `product` proposes candidates (None: the fastest product of the host);
-    like `threads` it does not change the result.
+    `columns` name. `product` proposes candidates (None: the fastest product of the host)
+    until its rounding lets too many through; like `threads` it does not change the result.
     """
 
     k: int

@@ -13,8 +13,9 @@ class Evaluate(Section):
     sample: int = Field(
         1000,
         ge=1,
-        description="Queries in the random sample that recall is measured on: rows that the index was "
-        "not trained on. As many as the index has rows, or more: all of them are measured.",
+        description="Queries in the random sample that recall is measured on, at most half of the rows "
+        "that are set apart from training (about 10,000, at most half of the index). As many as the "
+        "index has rows, or more: all of them are measured.",
     )
     seed: int = Field(1, ge=0, lt=2**31, description="Seed of the sample.")
     min_recall: float = Field(

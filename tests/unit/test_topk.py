@@ -151,9 +151,9 @@ def test_a_product_that_lets_too_many_through_gives_way(
     found = {}
     for worth in (topk._WORTH_SCORING, 2.0):
         monkeypatch.setattr(topk, "_WORTH_SCORING", worth)
-        top = TopK(600, 5, ids.max_bytes)
-        queries, corpus = query_block(vectors[:600]), corpus_block(vectors)
-        top.offer(np.arange(600), queries, corpus, ids, 0, RoundedProduct())
+        top = TopK(1500, 5, ids.max_bytes)
+        queries, corpus = query_block(vectors[:1500]), corpus_block(vectors)
+        top.offer(np.arange(1500), queries, corpus, ids, 0, RoundedProduct())
         found[worth] = top
     first, second = found.values()
     assert len(taken) == gives_way
