@@ -10,9 +10,9 @@ from index_builder.index.assignment import nearest_lists
 from index_builder.scoring import topk
 from index_builder.scoring.blocks import IdColumn, PreparedCandidates
 from index_builder.scoring.intrinsics import WIDE
+from index_builder.scoring.key_order import MOST_RANKED, sort_keys
 from index_builder.scoring.metrics import Metric
 from index_builder.scoring.products import NumpyProduct, TimedProduct
-from index_builder.scoring.tiles import MOST_RANKED, _sort
 from index_builder.scoring.topk import TopK
 from index_builder.scoring.vectors import unit_float16
 from tests.topk_oracle import (
@@ -126,7 +126,7 @@ def test_sorts_keys_with_their_columns(data: st.DataObject) -> None:
     found[7:] = rng.permutation(count)
     pairs = sorted(zip(keys[:count].tolist(), found[7:].tolist(), strict=True))
     scratch = [np.full(MOST_RANKED, 9, dtype=kind) for kind in (np.int32, np.float32, np.int32)]
-    _sort(keys, found, 7, count, *scratch)
+    sort_keys(keys, found, 7, count, *scratch)
     assert keys[:count].tolist() == sorted(keys[:count].tolist(), reverse=True)
     assert sorted(zip(keys[:count].tolist(), found[7:].tolist(), strict=True)) == pairs
     assert (found[:7] == -5).all()
