@@ -176,7 +176,7 @@ class IndexSpec:
             return _EXACT_LISTS, f"nlist {_EXACT_LISTS}: all are searched, so more lists save nothing"
         if most < root:
             return most, (
-                f"nlist {most}: {MIN_POINTS_PER_CENTROID} of {sample} training vectors a list "
+                f"nlist {most}: {MIN_POINTS_PER_CENTROID} of {sample} sampled vectors a list "
                 f"(4 sqrt(N) would be {root})"
             )
         return root, f"nlist {root}: 4 sqrt(N), {rows / root:.0f} rows a list"
